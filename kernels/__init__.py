@@ -1,0 +1,1 @@
+"""Kernels of rpt_jax; jax only, importable as rpt_jax.kernels."""

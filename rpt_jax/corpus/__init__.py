@@ -1,0 +1,1 @@
+"""Text to positions: tokenizers, documents, annotated positions, prompts. Knows no model."""

@@ -1,0 +1,1 @@
+"""Rollouts to a better policy: rewards, advantages, updates, checkpoints, the loop."""

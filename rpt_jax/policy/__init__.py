@@ -1,0 +1,1 @@
+"""The model: decoder, sampler, scorer and the proxy that annotates positions."""

@@ -1,0 +1,1 @@
+"""What came out: evaluation, plots, the quickstart."""

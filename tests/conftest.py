@@ -1,0 +1,37 @@
+"""What every test stands on: eight virtual CPU devices, strict broadcasting, deterministic property tests.
+
+Real data is looked for in $RPT_DATA, otherwise in `../shared/data` beside the checkout; tests that need it carry
+the mark `realdata`, take the fixture `real_data` and are skipped by name where it is absent. Warnings are errors
+(setup.cfg, which also lists the third-party ones that are let through).
+"""
+
+import os
+from pathlib import Path
+
+# Before the first import of jax: the flags are read once, when its backend starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Level 0 halves the time of the suite, which is mostly compilation of programs that run once on tiny arrays.
+FLAGS = {"xla_force_host_platform_device_count": "8", "xla_backend_optimization_level": "0"}
+for name, value in FLAGS.items():
+    if name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# The first example of a property test compiles, so a deadline would measure XLA; examples are the same in every run.
+hypothesis.settings.register_profile("rpt", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("rpt")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets and tokenizers; skips the test where there is none."""
+    checkout = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get("RPT_DATA", checkout.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (set RPT_DATA to the folder that holds it)")
+    return folder
