@@ -1,0 +1,316 @@
+"""Every setting of a run: nested frozen dataclasses, one per room that needs one.
+
+The comment on a field is its documentation, with unit and, where there is one, the paper's value (arXiv
+2506.08007). Defaults stand here and nowhere else. An experiment is a Python file whose `config()` returns a
+`Config`; tyro turns the dataclasses into flags such as `--update.learning-rate 2e-6`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rpt_jax.records import InputError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context."""
+
+    kind: Literal["none", "llama3", "yarn"] = "none"
+    factor: float = 1.0  # context extension, new / original
+    original_context: int = 8192  # tokens the frequencies were trained for
+    low_frequency_factor: float = 1.0  # llama3: wavelengths above original / this are stretched in full
+    high_frequency_factor: float = 4.0  # llama3: wavelengths below original / this are left alone
+    beta_fast: float = 32.0  # yarn: rotations over the original context above which nothing changes
+    beta_slow: float = 1.0  # yarn: rotations below which a frequency is stretched in full
+    attention_factor: float = 0.0  # yarn: factor on cos and sin; 0 means 0.1 ln(factor) + 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of the decoder: Llama, Qwen2/2.5 (qkv_bias) and Qwen3 (qk_norm)."""
+
+    vocab_size: int = 256
+    width: int = 128  # D
+    layers: int = 4  # L
+    heads: int = 4  # H, query heads
+    kv_heads: int = 4  # K, divides heads
+    head_channels: int = 32  # C, even
+    hidden: int = 384  # F, width of the SwiGLU
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm over each head's channels before RoPE
+    tied_head: bool = False  # the head is the transposed embedding
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; softmax and norms run in float32
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "layer", "dots"] = "none"  # kept in the backward pass: all | layer inputs | matmul outputs
+
+    def check(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_channels", "hidden"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}={getattr(self, name)}: use 1 or more")
+        if self.heads % self.kv_heads:
+            divisors = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
+            raise InputError(
+                f"model.heads={self.heads} is no multiple of model.kv_heads={self.kv_heads}: "
+                f"use kv_heads from {divisors}"
+            )
+        if self.head_channels % 2:
+            raise InputError(
+                f"model.head_channels={self.head_channels} must be even, RoPE rotates pairs: "
+                f"use {self.head_channels + 1}"
+            )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis; -1 (at most one) takes what is left."""
+
+    data: int = -1  # batch only
+    fsdp: int = 1  # batch, and parameters split over it
+    tensor: int = 1  # heads, hidden width and vocabulary
+    coordinator: str = "auto"  # host:port of process 0 | auto: as Slurm or the Cloud TPU VM says | none: one process
+    processes: int = 0  # how many, with a coordinator given
+    process: int = -1  # this one's number, from 0
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Text files and the tokenizer that reads them."""
+
+    files: tuple[str, ...] = ()  # .jsonl, .jsonl.gz, .parquet, .txt, .arrayrecord; globs allowed
+    template: str = "{text}"  # how fields of a record become a document, e.g. "{problem}\n\n{solution}"
+    tokenizer: str = ""  # .model (SentencePiece), tokenizer.json, or a folder with that or vocab.json + merges.txt
+    on_bad_record: Literal["stop", "skip"] = "stop"  # skip counts and reports
+    minimum_tokens: int = 2  # a shorter document is a bad record
+    holdout: int = 0  # documents kept out of training, the last ones after the seeded shuffle (paper: 200)
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """Which annotated positions are trained on (paper: entropy above a threshold it does not state)."""
+
+    annotated: str = ""  # folder written by `rpt annotate`
+    select: Literal["threshold", "top_share", "random"] = "threshold"
+    threshold: float = 1.5  # nats; easy / medium / hard evaluation splits are above 0.5 / 1.0 / 1.5
+    share: float = 0.2  # of all positions, for top_share and random
+    minimum_context: int = 1  # tokens before the position
+    top_candidates: int = 16  # entropy over the proxy's best 16 tokens (paper: 16)
+    renormalise: bool = True  # the 16 probabilities sum to 1 [open in the paper]
+    window: int = 4096  # annotation: tokens the proxy sees; longer documents go through in windows overlapping by half
+    batch_tokens: int = 8192  # annotation: tokens of one batch of the proxy, padding included
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a context becomes a prompt."""
+
+    template: str = "v0"  # v0..v6, bare, or a path to a template file
+    chat: Literal["none", "r1", "chatml"] = "none"  # turn markers around it: R1 distillations | Qwen2.5 and Qwen3
+    max_tokens: int = 4096  # head + context + tail; a longer context loses its left end (paper: 4096)
+    truth_bytes: int = 256  # bytes of continuation kept for the reward; a longer prediction earns 0
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How rollouts are drawn."""
+
+    group_size: int = 8  # G (paper: 8)
+    temperature: float = 0.8  # 0 is greedy (paper: 0.8)
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # relative to the most probable token; 0: off
+    max_tokens: int = 8192  # R, response limit (paper: 8192)
+    end_tokens: tuple[str, ...] = ()  # pieces that end a response; empty: the tokenizer's end-of-text token
+    tokens_per_call: int = 32  # decode steps between looks at which rollouts have ended
+
+    def check(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0:
+            raise InputError(
+                f"sample: temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
+                f"min_p={self.min_p} in [0, 1), top_k={self.top_k} >= 0"
+            )
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """GRPO and its optimizer."""
+
+    learning_rate: float = 1e-6  # (paper: 1e-6)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warmup [open in the paper]
+    warmup_steps: int = 0
+    beta1: float = 0.9  # (paper: 0.9)
+    beta2: float = 0.999  # (paper: 0.999)
+    weight_decay: float = 0.01  # (paper: 0.01)
+    max_gradient_norm: float = 1.0  # global-norm clip; 0: off ("actor gradient clip 0.2" of the paper is ambiguous)
+    advantage: Literal["std", "mean", "leave_one_out"] = "std"  # (r-mean)/(std+eps) | Dr. GRPO | G/(G-1)(r-mean)
+    advantage_epsilon: float = 1e-6
+    on_policy: bool = True  # ratio 1 in value (paper); False: ratio to the sampler's log-probs (repeated updates)
+    clip_low: float = 0.2  # ratio clip 1 - low; acts only when an update is off-policy
+    clip_high: float = 0.2
+    aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    kl_coefficient: float = 0.0  # to the starting policy, k3 estimator (paper: 0)
+    entropy_coefficient: float = 0.0  # bonus (paper: 0)
+    microbatches: int = 1  # gradient accumulation; divides the prompts of a step
+    token_chunk: int = 1024  # response tokens whose logits exist at one time in the log-prob
+
+
+@dataclass(frozen=True)
+class DynamicSamplingConfig:
+    """DAPO: groups that are all right or all wrong are dropped and others sampled in their place."""
+
+    from_step: int = -1  # first step it acts in (paper: 500); -1: never
+    max_rounds: int = 4  # extra sampling rounds a step before the batch is filled with what there is
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Next-token and supervised fine-tuning of the same decoder (base models, cold starts, controls)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: fewer steps for a small base from scratch
+    learning_rate: float = 3e-3
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    batch_size: int = 64  # sequences
+    sequence_length: int = 128  # tokens
+    steps: int = 1000
+    token_chunk: int = 4096
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50  # steps
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    annotated: str = ""  # folder of held-out documents, `rpt annotate --part holdout`; empty: nothing to evaluate on
+    every: int = 100  # steps; 0: only at the end
+    positions: int = 512  # held-out positions per split, the same for both modes; 0: all
+    group_size: int = 1  # rollouts per position
+    pass_at: int = 0  # k of Pass@k, at most group_size; 0: group_size
+    temperature: float = 0.8  # 0 is greedy
+    greedy: bool = False  # a greedy rollout per position too, reported beside the sampled ones
+    batch_size: int = 64  # positions
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of reinforcement pre-training."""
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = 1000  # policy updates (paper: 1000)
+    batch_size: int = 256  # N, prompts a step (paper: 256)
+    policy: str = ""  # checkpoint folder of the starting policy
+    run_folder: str = "runs/run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    positions: PositionConfig = field(default_factory=PositionConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    rollouts_logged: int = 8  # rollouts written to rollouts.jsonl each step
+    wandb: bool = False  # log to Weights & Biases too (extra `wandb`)
+
+    def check(self) -> None:
+        """Raises InputError for settings that clash, before anything is compiled."""
+        self.model.check()
+        self.sample.check()
+        if self.sample.group_size < 2:
+            raise InputError(
+                f"sample.group_size={self.sample.group_size}: GRPO compares the rollouts of a prompt with each "
+                "other, so a group of 1 has advantage 0 always; use 2 or more (paper: 8)"
+            )
+        if self.batch_size < 1 or self.update.microbatches < 1:
+            raise InputError(
+                f"batch_size={self.batch_size}, update.microbatches={self.update.microbatches}: use 1 or more of each"
+            )
+        if self.batch_size % self.update.microbatches:
+            below = self.batch_size // self.update.microbatches * self.update.microbatches
+            above = below + self.update.microbatches
+            raise InputError(
+                f"batch_size={self.batch_size} prompts does not divide into update.microbatches="
+                f"{self.update.microbatches}: use a batch_size of {f'{below} or {above}' if below else above}"
+            )
+
+
+def to_dict(config) -> dict:
+    """Plain nested dict of a config, fit for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, where: str = "config"):
+    """A config of class `cls` from nested plain values; raises InputError for an unknown key or a wrong type."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}={values!r}: expected the settings of {cls.__name__} by name")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(hints))}")
+    return cls(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _typed(hint, value, where: str):
+    """`value` as the type `hint` of a field: nested config, tuple, choice, or a plain bool, int, float or str."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}={value!r}: expected a list of {kind.__name__}")
+        return tuple(_typed(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise InputError(f"{where}={value!r}: choose from {', '.join(map(repr, typing.get_args(hint)))}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is not hint:  # exact: a bool is no number here
+        raise InputError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def save(config, path: Path) -> None:
+    """Writes a config as JSON."""
+    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(cls, path: Path):
+    """Reads what `save` wrote; raises InputError that names the file, and the line or the setting at fault."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"no config file {path}: name a folder or file that a run has written") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}): mend it or write the config anew") from error
+    return from_dict(cls, values, str(path))
+
+
+def load_experiment(path: str) -> Config:
+    """Runs an experiment file and returns what its `config()` gives; raises InputError if it has none."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no experiment file {path}; the ones that come with the project are in experiments/")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.config() if hasattr(module, "config") else None
+    if not isinstance(made, Config):
+        raise InputError(f"{path}: an experiment file defines config() returning a rpt_jax.config.Config")
+    return made

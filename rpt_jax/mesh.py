@@ -1,0 +1,237 @@
+"""The device mesh: how parameters and batches lie on it, and how arrays pass between host and devices.
+
+In: MeshConfig, trees of logical axis names (decoder.logical_axes), host arrays. Out: a Mesh with the axes "data",
+"fsdp" and "tensor", NamedShardings, global arrays, numpy arrays. Everything works alike in one process and in many;
+with many, every process calls the same functions in the same order. The paper (arXiv 2506.08007) says nothing of it.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rpt_jax.config import MeshConfig
+from rpt_jax.records import InputError, Params
+
+log = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# Which mesh axes each logical axis of an array is split over. With this table the matrices of a layer are split over
+# `fsdp` along the width and gathered when used, and over `tensor` along heads, hidden width or vocabulary.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH,
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),  # replicated where `tensor` does not divide it: several chips then share a kv head
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "norm": (),
+    "channels": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """Mesh with the axes ("data", "fsdp", "tensor") over all devices, or those given.
+
+    One size may be -1 and takes what is left. On TPUs the order of the devices follows the interconnect, and over
+    several slices only `data` runs across them. Raises InputError when the sizes do not multiply to the device count.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = _mesh_shape(config, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise InputError(
+            f"mesh: data={shape[0]} does not divide over {slices} TPU slices, which only `data` may span: "
+            f"use a multiple of {slices}"
+        )
+    # jax.make_mesh refuses several slices, and sizes that split a torus axis such as tensor=8 on v5p:4x4x4.
+    if slices == 1:
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within = (shape[0] // slices, *shape[1:])
+        laid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    sizes = {name: getattr(config, name) for name in AXES}
+    shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise InputError(f"mesh: {shown}: sizes are 1 or more, and at most one is -1 (it takes what is left)")
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if -1 in sizes.values():
+        if count % known:
+            fixed = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != -1)
+            raise InputError(f"mesh: {fixed} = {known} does not divide {count} devices: use sizes that do")
+        sizes = {name: count // known if size == -1 else size for name, size in sizes.items()}
+    elif known != count:
+        raise InputError(
+            f"mesh: {shown} = {known}, but there are {count} devices: set one size to -1, "
+            f"or choose sizes whose product is {count}"
+        )
+    return tuple(sizes.values())
+
+
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str = "array"):
+    """PartitionSpec of one array from its logical axis names, by RULES; None stands for an axis that is not split.
+
+    A size that does not divide over its mesh axes is replicated for kv_heads and an InputError for any other.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: {len(axes)} logical axes {axes} for an array of shape {shape}")
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        over = () if axis is None else RULES[axis]
+        parts = _parts(over, mesh)
+        if size % parts:
+            if axis != "kv_heads":
+                raise InputError(
+                    f"{name}: {axis}={size} does not divide over {_shown(over, mesh)}: "
+                    f"use a size of {' x '.join(over)} that divides {size}"
+                )
+            over = ()
+        entries.append(over or None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(mesh: Mesh, logical_axes: Params, params: Params) -> Params:
+    """The tree of NamedShardings for params (arrays or anything with .shape) and their logical axes."""
+
+    def sharding(path, axes, leaf):
+        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, jax.tree_util.keystr(path)))
+
+    return jax.tree_util.tree_map_with_path(sharding, logical_axes, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis over data and fsdp, the others whole; fits arrays of one axis and more."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree: Params, shardings) -> Params:
+    """Copies a tree that every process holds whole onto the devices; the original survives a later donation.
+
+    shardings: one sharding for all leaves, or a tree of them.
+    """
+
+    def put(leaf, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding, may_alias=False)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: put(leaf, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
+
+
+def batch_rows(batch: int, mesh: Mesh) -> np.ndarray:
+    """Indices of the rows of a global batch that this process feeds to to_global; all of them in a single process.
+
+    Ascending but not always neighbours: a mesh that follows the interconnect interleaves the hosts. Processes that
+    share rows (`tensor` spans them) get the same ones.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    spans = sorted({index[0].indices(batch)[:2] for index in indices})
+    return np.concatenate([np.arange(start, stop) for start, stop in spans])
+
+
+def to_global(tree, mesh: Mesh):
+    """Global arrays, split by rows over data and fsdp, from each process's own rows (batch_rows says which)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
+
+
+def to_host(tree):
+    """Whole numpy arrays in every process from global arrays (a collective where processes hold parts)."""
+
+    def fetch(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+def check_batch_divides(batch: int, mesh: Mesh, what: str = "prompts") -> None:
+    """Raises InputError, with the nearest sizes that work, for a batch that does not divide over data and fsdp."""
+    parts = _parts(BATCH, mesh)
+    if batch < 1 or batch % parts:
+        below, above = batch // parts * parts, -(-max(batch, 1) // parts) * parts
+        remedy = f"{below} or {above}" if below > 0 else f"{above}"
+        raise InputError(f"batch of {batch} {what} does not divide over {_shown(BATCH, mesh)}: use {remedy}")
+
+
+def start_distributed(config: MeshConfig) -> None:
+    """Joins the processes of a multi-host run; does nothing in a single process or when called again.
+
+    Comes before anything that touches a device. See distributed_settings for where the addresses come from.
+    """
+    if jax.distributed.is_initialized():
+        return
+    settings = distributed_settings(config, os.environ, jax.config.jax_platforms or "")
+    if settings is None:
+        return
+    jax.distributed.initialize(**settings)
+    log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platforms: str) -> dict | None:
+    """Arguments for jax.distributed.initialize, {} to let it ask Slurm or the TPU, None for a single process.
+
+    In this order: mesh.coordinator with mesh.processes and mesh.process; the environment variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a Slurm step of several tasks; a Cloud TPU VM.
+    mesh.coordinator="none" keeps a single process whatever the environment says.
+    """
+    if config.coordinator == "none":
+        return None
+    explicit = config.coordinator != "auto"
+    address = config.coordinator if explicit else environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if address:
+        processes = config.processes or int(environ.get("JAX_NUM_PROCESSES", 0))
+        process = config.process if config.process >= 0 else int(environ.get("JAX_PROCESS_ID", -1))
+        if ":" not in address or not 0 <= process < processes:
+            raise InputError(
+                f"mesh: coordinator={address!r} with processes={processes} and process={process}: give host:port, "
+                "the number of processes, and this process's number from 0 "
+                "(--mesh.coordinator --mesh.processes --mesh.process)"
+            )
+        return {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    if config.processes or config.process >= 0:
+        raise InputError(
+            f"mesh: processes={config.processes} and process={config.process} without a coordinator: "
+            "add --mesh.coordinator host:port of process 0"
+        )
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # what a step started by srun has
+    if int(environ.get("SLURM_NTASKS", 1)) > 1 and all(name in environ for name in slurm):
+        return {}
+    # On a Cloud TPU VM importing jax puts "tpu" first; without TPU chips it sets TPU_SKIP_MDS_QUERY. A host that is
+    # alone lists itself or nobody in the worker variables.
+    workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if platforms.startswith("tpu"):
+        several = len(workers.split(",")) > 1 if workers else "TPU_SKIP_MDS_QUERY" not in environ
+        return {} if several else None
+    return None
+
+
+def _parts(axes: tuple[str, ...], mesh: Mesh) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
+
+
+def _shown(axes: tuple[str, ...], mesh: Mesh) -> str:
+    """ "data=8 devices", or "data=4 x fsdp=2 = 8 devices" where more than one axis is split."""
+    used = [axis for axis in axes if mesh.shape[axis] > 1] or list(axes[:1])
+    product = "" if len(used) == 1 else f" = {_parts(axes, mesh)}"
+    return " x ".join(f"{axis}={mesh.shape[axis]}" for axis in used) + product + " devices"
