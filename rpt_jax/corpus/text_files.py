@@ -1,0 +1,136 @@
+"""Files of text to their records, at random: JSONL, JSONL.gz, Parquet, plain text and ArrayRecord.
+
+In: paths and globs. Out: `scan`, every record of a file once, with a place by which `fetch` finds it again, and
+`fields_of`, its fields. JSONL, plain text and ArrayRecord (JSON records) stay on disk; a JSONL.gz is held unpacked in
+memory, and of a Parquet file the columns that are asked for. A plain text file is one record whose field is `text`.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import pyarrow
+import pyarrow.parquet
+
+from rpt_jax.records import InputError
+
+KINDS = {
+    ".jsonl": "lines",
+    ".jsonl.gz": "lines",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".arrayrecord": "records",
+    ".array_record": "records",
+}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """An opened file; opening checks that it is what its suffix says."""
+
+    path: str
+    kind: str  # a value of KINDS
+    content: Any  # unpacked bytes of a .gz, table of a .parquet, source of an .arrayrecord; None: read from disk
+
+
+def matching_files(patterns: tuple[str, ...]) -> list[str]:
+    """Paths in the order of the patterns, each glob sorted, none twice."""
+    if not patterns:
+        raise InputError("corpus.files is empty: give paths or globs, for example --corpus.files data/*.jsonl")
+    paths = []
+    for pattern in (os.path.expanduser(pattern) for pattern in patterns):
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"corpus.files: no file matches {pattern!r} (looked from {os.getcwd()}); check the path")
+        paths.extend(found)
+    for path in paths:
+        if os.path.isdir(path):
+            raise InputError(f"corpus.files: {path} is a folder; name the files in it, for example {path}/*.jsonl")
+    return list(dict.fromkeys(paths))
+
+
+def open_file(path: str, fields: tuple[str, ...]) -> TextFile:
+    """Opens by suffix; raises InputError for an unknown one, an unreadable file, and Parquet without the fields."""
+    suffix = next((suffix for suffix in KINDS if path.endswith(suffix)), None)
+    if suffix is None:
+        raise InputError(f"{path}: unknown suffix; corpus files end in {', '.join(KINDS)}")
+    kind, content = KINDS[suffix], None
+    try:
+        if suffix == ".jsonl.gz":
+            content = gzip.decompress(Path(path).read_bytes())
+        elif kind == "parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                require_fields(path, fields, file.schema_arrow.names)
+                content = file.read(columns=list(fields))
+        elif kind == "records":
+            content = grain.sources.ArrayRecordDataSource(path)
+        else:
+            open(path, "rb").close()
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not a readable {suffix} file ({error}); write it again, or name it rightly"
+        ) from error
+    return TextFile(path, kind, content)
+
+
+def scan(file: TextFile) -> Iterator[tuple[int, int, Any]]:
+    """(number from 1, place, raw record) of every record of a file, in order."""
+    if file.kind == "lines":
+        yield from _scan_lines(file)
+        return
+    for place in range(1 if file.kind == "text" else len(file.content)):
+        yield place + 1, place, fetch(file, place)
+
+
+def _scan_lines(file: TextFile) -> Iterator[tuple[int, int, bytes]]:
+    with open(file.path, "rb") if file.content is None else io.BytesIO(file.content) as stream:
+        place = 0
+        for number, line in enumerate(stream, 1):
+            mark = len(BYTE_ORDER_MARK) if number == 1 and line.startswith(BYTE_ORDER_MARK) else 0
+            if line[mark:].strip():
+                yield number, place + mark, line[mark:]
+            place += len(line)
+
+
+def fetch(file: TextFile, place: int) -> Any:
+    """The raw record at a place: the bytes of a line, text file or ArrayRecord record, or the number of a row."""
+    if file.kind == "parquet":
+        return place
+    if file.kind == "records":
+        try:
+            return file.content[place]
+        except RuntimeError as error:
+            raise InputError(f"{file.path}:{place + 1}: damaged ArrayRecord ({error}); write the file again") from error
+    if file.content is not None:
+        end = file.content.find(b"\n", place)
+        return file.content[place : end if end >= 0 else None]
+    with open(file.path, "rb") as stream:
+        stream.seek(place)
+        return stream.read() if file.kind == "text" else stream.readline()
+
+
+def fields_of(file: TextFile, raw: Any, fields: tuple[str, ...]) -> Any:
+    """A raw record as a dict by field, or what else its JSON is; raises ValueError for wrong JSON or UTF-8."""
+    if file.kind == "text":
+        return {"text": raw.decode()}
+    if file.kind == "parquet":
+        return {field: file.content.column(field)[raw].as_py() for field in fields}
+    return json.loads(raw.decode())
+
+
+def require_fields(name: str, wanted: tuple[str, ...], there: list[str]) -> None:
+    """Raises InputError, starting with `name` (file or file:line), unless all wanted fields are there."""
+    missing = [field for field in wanted if field not in there]
+    if missing:
+        raise InputError(
+            f"{name}: no field {missing[0]!r}, which corpus.template names; there are {', '.join(map(repr, there))}"
+        )

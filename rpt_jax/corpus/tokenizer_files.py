@@ -1,0 +1,232 @@
+"""Tokenizer files to their parts: SentencePiece .model, tokenizer.json, and vocab.json + merges.txt.
+
+In: paths. Out: `Parts`, an engine that turns text into ids changing no byte, and the exact bytes of every id. What the
+original would do to the text before (Unicode normalisation, a prefix space, squeezed spaces) is switched off; kinds
+whose pieces have no exact bytes (WordPiece, word suffixes, no byte level and no byte fallback) raise InputError.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from rpt_jax.records import InputError
+
+SPACE = "▁"  # U+2581, how SentencePiece writes a space
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A tokenizer file taken apart."""
+
+    file: Path  # for messages
+    engine: Any  # sentencepiece.SentencePieceProcessor or tokenizers.Tokenizer, knows no added token
+    pieces: dict[int, str]  # of each id in the vocabulary, as the file spells it
+    contents: dict[int, bytes]  # exact bytes of each id
+    spaced: bool  # U+2581 in a piece stands for a space
+    added: tuple[tuple[int, str, bool], ...]  # (id, text, special) over the vocabulary, a later one wins
+    end_of_text: str | None  # piece
+    files: dict[str, bytes]  # name -> content, what a loader needs to come back here
+
+
+def sentencepiece_parts(file: Path) -> Parts:
+    """Reads a SentencePiece model; control and unknown pieces are special, user-defined ones keep their text."""
+    raw, config = file.read_bytes(), _config_beside(file)
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(raw)
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise InputError(f"{file}: not a SentencePiece model; give the .model file that its training wrote")
+    kinds, spaced = type(proto.pieces[0]), proto.normalizer_spec.escape_whitespaces
+    pieces = {i: piece.piece for i, piece in enumerate(proto.pieces)}
+    contents = {}
+    for i, piece in enumerate(proto.pieces):
+        text = piece.piece.replace(SPACE, " ") if spaced else piece.piece
+        contents[i] = bytes([int(piece.piece[3:5], 16)]) if piece.type == kinds.BYTE else text.encode()
+    special = [i for i, piece in enumerate(proto.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    added = tuple((i, pieces[i], True) for i in special) + _added_tokens(file, config)
+    _switch_off_normalisation(proto)
+    engine = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    end = _end_of_text(config) or (pieces[engine.eos_id()] if engine.eos_id() >= 0 else None)
+    return Parts(file, engine, pieces, contents, spaced, added, end, {"tokenizer.model": raw} | _raw_config(file))
+
+
+def _switch_off_normalisation(proto) -> None:
+    spec = proto.normalizer_spec
+    spec.name = "identity"
+    spec.precompiled_charsmap = b""
+    spec.add_dummy_prefix = False
+    spec.remove_extra_whitespaces = False
+
+
+def tokenizer_json_parts(file: Path) -> Parts:
+    """Reads a tokenizer.json of byte-level BPE, or of BPE in SentencePiece's manner with byte fallback."""
+    description, config = read_json(file), _config_beside(file)
+    model = description.get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise InputError(f"{file}: not a tokenizer.json; it has no model with a vocabulary")
+    byte_level = is_byte_level(description)
+    _require_exact_kind(file, description, byte_level)
+    split = description.get("pre_tokenizer")
+    if any(step["type"] == "Metaspace" for step in _steps(split)):
+        split = None  # the normalizer below does its work, without the prefix space
+    model = model | {"dropout": None}
+    bare = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": _without_prefix_space(split)}
+    try:
+        engine = tokenizers.Tokenizer.from_str(json.dumps(bare))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise InputError(f"{file}: `tokenizers` cannot read it: {error}") from error
+    if not byte_level:
+        engine.normalizer = normalizers.Replace(" ", SPACE)
+    pieces = {i: piece for piece, i in model["vocab"].items()}
+    contents = {i: (_byte_level_bytes if byte_level else _spaced_bytes)(piece) for i, piece in pieces.items()}
+    added = _added_tokens(file, config, description.get("added_tokens") or ())
+    files = {"tokenizer.json": file.read_bytes()} | _raw_config(file)
+    return Parts(file, engine, pieces, contents, not byte_level, added, _end_of_text(config), files)
+
+
+def _require_exact_kind(file: Path, description: dict, byte_level: bool) -> None:
+    """Raises InputError unless nothing of the description takes the pieces' bytes away from the text's."""
+    model = description["model"]
+    kind = model.get("type", "BPE" if "merges" in model else "of unknown type")
+    reasons = []
+    if kind != "BPE":
+        reasons.append(f"its model is {kind}")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        reasons.append("its pieces carry a word prefix or suffix")
+    if not byte_level and not model.get("byte_fallback"):
+        reasons.append("it is not byte-level and has no byte fallback")
+    known = ("Split", "Digits", "Punctuation", "ByteLevel") if byte_level else ("Split", "Metaspace")
+    for step in _steps(description.get("pre_tokenizer")):
+        if step["type"] not in known or step.get("behavior") == "Removed":
+            reasons.append(f"its pre-tokenizer {step['type']} changes the text")
+    for step in _steps(description.get("normalizer")):
+        if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Replace", "Prepend"):
+            reasons.append(f"its normalizer {step['type']} changes the text")
+    if reasons:
+        raise InputError(
+            f"{file}: {reasons[0]}, so its tokens have no exact bytes; use byte-level BPE, BPE with byte fallback, or "
+            "a SentencePiece .model file"
+        )
+
+
+def vocab_and_merges_parts(folder: Path) -> Parts:
+    """Reads vocab.json + merges.txt, byte-level BPE split as Qwen2 does, or GPT-2 by tokenizer_config.json."""
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    for file in (vocab_file, merges_file):
+        if not file.is_file():
+            raise InputError(f"{file} is missing: vocab.json and merges.txt belong together in one folder")
+    vocab, config = read_json(vocab_file), _config_beside(vocab_file)
+    maker = config.get("tokenizer_class", "Qwen2Tokenizer")
+    if "GPT2" in maker:
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif "Qwen2" in maker:
+        words = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
+        split = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    else:
+        raise InputError(f"{folder}: how {maker} splits text is not known here; give its tokenizer.json instead")
+    try:
+        engine = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise InputError(f"{folder}: vocab.json and merges.txt make no BPE tokenizer: {error}") from error
+    engine.pre_tokenizer = split
+    pieces = {i: piece for piece, i in vocab.items()}
+    contents = {i: _byte_level_bytes(piece) for i, piece in pieces.items()}
+    end = "<|endoftext|>"  # GPT-2 has it in the vocabulary and lists it nowhere
+    added = (((vocab[end], end, True),) if end in vocab else ()) + _added_tokens(vocab_file, config)
+    files = {file.name: file.read_bytes() for file in (vocab_file, merges_file)} | _raw_config(vocab_file)
+    return Parts(vocab_file, engine, pieces, contents, False, added, _end_of_text(config), files)
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file; raises InputError if there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:  # UnicodeDecodeError too
+        raise InputError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def is_byte_level(description: dict) -> bool:
+    """Whether a tokenizer.json spells bytes in the byte alphabet."""
+    return any(step["type"] == "ByteLevel" for step in _steps(description.get("pre_tokenizer")))
+
+
+def _config_beside(file: Path) -> dict:
+    beside = file.with_name("tokenizer_config.json")
+    return read_json(beside) if beside.is_file() else {}
+
+
+def _raw_config(file: Path) -> dict[str, bytes]:
+    beside = file.with_name("tokenizer_config.json")
+    return {beside.name: beside.read_bytes()} if beside.is_file() else {}
+
+
+def _end_of_text(config: dict) -> str | None:
+    end = config.get("eos_token")
+    return end.get("content") if isinstance(end, dict) else end
+
+
+def _added_tokens(file: Path, config: dict, described=()) -> tuple[tuple[int, str, bool], ...]:
+    """(id, text, special) of a tokenizer.json's added tokens, then of a tokenizer_config.json's."""
+    try:
+        listed = [(token["id"], token) for token in described]
+        listed += [(int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()]
+        return tuple((i, str(token["content"]), bool(token.get("special"))) for i, token in listed)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file} or tokenizer_config.json beside it: an added token needs a whole-number id and a `content` "
+            f"({error!r})"
+        ) from error
+
+
+def _steps(part: dict | None) -> list[dict]:
+    """The steps of a normalizer or pre-tokenizer, out of their Sequence."""
+    if part and part["type"] == "Sequence":
+        return part.get("pretokenizers") or part.get("normalizers") or []
+    return [part] if part else []
+
+
+def _without_prefix_space(part: dict | None) -> dict | None:
+    if part and part["type"] == "Sequence":
+        return part | {"pretokenizers": [_without_prefix_space(step) for step in part["pretokenizers"]]}
+    return part | {"add_prefix_space": False} if part and part["type"] == "ByteLevel" else part
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level BPE: itself if it prints, else from U+0100 in turn."""
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in prints]
+    return {chr(byte): byte for byte in prints} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    """Bytes of a byte-level piece; none for a piece outside the alphabet, which no text gives."""
+    try:
+        return bytes([BYTE_ALPHABET[character] for character in piece])
+    except KeyError:
+        return b""
+
+
+def _spaced_bytes(piece: str) -> bytes:
+    """Bytes of a piece in SentencePiece's manner: <0xNN> is one byte, U+2581 a space."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE, " ").encode()

@@ -1,0 +1,197 @@
+"""What tokenizer files may be, and what is said about those that cannot be used."""
+
+import json
+import shutil
+
+import pytest
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from rpt_jax.corpus.tokenizer import load_tokenizer, train_sentencepiece
+from rpt_jax.corpus.tokenizer_files import BYTE_ALPHABET
+from rpt_jax.records import InputError
+
+
+def byte_level_description(**model):
+    vocab = {piece: i for i, piece in enumerate(sorted(BYTE_ALPHABET))}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": True}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []} | model,
+    }
+
+
+def write(folder, name, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder / name
+
+
+def test_byte_alphabet_is_the_published_one():
+    assert set(BYTE_ALPHABET) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(BYTE_ALPHABET.values()) == list(range(256))
+    assert [BYTE_ALPHABET[character] for character in "aĠĊĉ"] == [*b"a \n\t"]
+
+
+def test_normalising_sentencepiece_becomes_exact(tmp_path):
+    """A model trained with NFKC, a dummy prefix and squeezed spaces loads with all of it switched off."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two ｔｈｒｅｅ four"] * 20),
+        model_prefix=str(tmp_path / "plain"),
+        vocab_size=270,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "plain.model")
+    for text in ("ｔｈｒｅｅ", "  two   one ", "ﬁ①", "one"):
+        assert tokenizer.bytes_of(tokenizer.encode(text)) == text.encode()
+    assert tokenizer.token_bytes[tokenizer.encode("two")[0]][:1] == b"t"
+
+
+def test_sentencepiece_without_escaped_spaces(tmp_path):
+    """Where the model keeps plain spaces, U+2581 is a character like any other."""
+    train_sentencepiece(["one two"] * 20, 270, tmp_path)
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
+    proto.normalizer_spec.escape_whitespaces = False
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bytes_of(tokenizer.encode("one▁two one")) == "one▁two one".encode()
+
+
+def test_folder_prefers_what_is_exact(tmp_path):
+    """A tokenizer.json that is not byte-level gives way to the SentencePiece model it was made from."""
+    trained = train_sentencepiece(["one two"] * 20, 270, tmp_path)
+    write(tmp_path, "tokenizer.json", {"model": {"type": "Unigram", "vocab": []}})
+    assert load_tokenizer(tmp_path).fingerprint == trained.fingerprint
+    write(tmp_path, "tokenizer.json", byte_level_description())
+    assert load_tokenizer(tmp_path).vocab_size == 257
+
+
+def test_end_of_text(tmp_path):
+    """eos_token of tokenizer_config.json, as text or as a record; otherwise a known control piece; otherwise none."""
+    write(tmp_path / "a", "tokenizer.json", byte_level_description())
+    assert load_tokenizer(tmp_path / "a").end_of_text == 256
+    added = {"257": {"content": "<end>", "special": True}}
+    for eos in ("<end>", {"content": "<end>"}):
+        write(tmp_path / "a", "tokenizer_config.json", {"eos_token": eos, "added_tokens_decoder": added})
+        tokenizer = load_tokenizer(tmp_path / "a")
+        assert tokenizer.end_of_text == 257 and tokenizer.token_bytes[257] == b""
+        tokenizer.save(tmp_path / "b")
+        assert load_tokenizer(tmp_path / "b" / "tokenizer.json").end_of_text == 257
+    plain = byte_level_description(vocab=byte_level_description()["model"]["vocab"] | {"</s>": 256})
+    write(tmp_path / "c", "tokenizer.json", plain | {"added_tokens": []})  # an ordinary piece ends no text
+    assert load_tokenizer(tmp_path / "c").end_of_text is None
+    assert load_tokenizer(write_gpt2(tmp_path / "d")).end_of_text == 256
+
+
+def write_gpt2(folder, **config):
+    vocab = byte_level_description()["model"]["vocab"] | {"<|endoftext|>": 256}
+    write(folder, "merges.txt", "#version: 0.2\n")
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"} | config)
+    return write(folder, "vocab.json", vocab)
+
+
+def test_config_beside_wins_over_tokenizer_json(tmp_path):
+    write(tmp_path, "tokenizer.json", byte_level_description())
+    shown = {"256": {"content": "<|endoftext|>", "special": False}}
+    write(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": shown})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.token_bytes[256] == b"<|endoftext|>" and tokenizer.encode("<|endoftext|>") == [256]
+
+
+def test_ids_without_a_piece_have_no_bytes(tmp_path):
+    description = byte_level_description()
+    description["added_tokens"][0]["id"] = 260
+    tokenizer = load_tokenizer(write(tmp_path, "tokenizer.json", description))
+    assert tokenizer.vocab_size == 261 and tokenizer.token_bytes[256:] == (b"",) * 5
+
+
+def changed(**parts):
+    return byte_level_description() | parts
+
+
+@pytest.mark.parametrize(
+    ("description", "found"),
+    [
+        (changed(model={"type": "WordPiece", "vocab": {"a": 0}}), "its model is WordPiece"),
+        (changed(model={"type": "Unigram", "vocab": [["a", 0]]}), "its model is Unigram"),
+        (changed(pre_tokenizer=None), "it is not byte-level and has no byte fallback"),
+        (byte_level_description(end_of_word_suffix="</w>"), "its pieces carry a word prefix or suffix"),
+        (changed(normalizer={"type": "Lowercase"}), "its normalizer Lowercase changes the text"),
+        (
+            changed(
+                pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}, {"type": "Whitespace"}]}
+            ),
+            "its pre-tokenizer Whitespace changes the text",
+        ),
+        (
+            changed(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Split", "behavior": "Removed"}, {"type": "ByteLevel"}],
+                }
+            ),
+            "its pre-tokenizer Split changes the text",
+        ),
+    ],
+)
+def test_kinds_without_exact_bytes(tmp_path, description, found):
+    file = write(tmp_path, "tokenizer.json", description)
+    with pytest.raises(InputError, match=rf"tokenizer.json: {found}, so .* no exact bytes; use byte-level BPE"):
+        load_tokenizer(file)
+
+
+def test_missing_or_foreign_files(tmp_path):
+    with pytest.raises(InputError, match=r"no tokenizer at '/no/such/place': give a \.model file"):
+        load_tokenizer("/no/such/place")
+    with pytest.raises(InputError, match=r"no tokenizer at ''"):
+        load_tokenizer("")
+    with pytest.raises(InputError, match="no tokenizer that can be read; expected"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="notes.txt: no tokenizer that can be read"):
+        load_tokenizer(write(tmp_path, "notes.txt", "hello"))
+    for content in ("hello, I am no model", ""):
+        with pytest.raises(InputError, match=r"x\.model: not a SentencePiece model"):
+            load_tokenizer(write(tmp_path, "x.model", content))
+    for content, found in [
+        ("{", r"x\.json: not valid JSON"),
+        ("[]", r"x\.json: expected a JSON object, found list"),
+        ("{}", r"x\.json: not a tokenizer\.json"),
+        (byte_level_description(merges=["a b c d"]), r"x\.json: `tokenizers` cannot read it"),
+    ]:
+        with pytest.raises(InputError, match=found):
+            load_tokenizer(write(tmp_path, "x.json", content))
+
+
+def test_vocab_and_merges_that_do_not_fit(tmp_path):
+    file = write_gpt2(tmp_path / "a")
+    assert load_tokenizer(file).encode("a b") == load_tokenizer(tmp_path / "a").encode("a b")
+    write_gpt2(tmp_path / "a", tokenizer_class="CLIPTokenizer")
+    with pytest.raises(InputError, match="how CLIPTokenizer splits text is not known here; give its tokenizer.json"):
+        load_tokenizer(tmp_path / "a")
+    write(write_gpt2(tmp_path / "b").parent, "merges.txt", "#version: 0.2\nqq zz\n")
+    with pytest.raises(InputError, match="make no BPE tokenizer"):
+        load_tokenizer(tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "c" / "merges.txt").unlink()
+    with pytest.raises(InputError, match=r"merges\.txt is missing"):
+        load_tokenizer(tmp_path / "c")
+
+
+def test_added_tokens_that_do_not_fit(tmp_path):
+    write(tmp_path, "tokenizer.json", byte_level_description())
+    for config, found in [
+        (
+            {"added_tokens_decoder": {"0": {"content": "<x>"}}},
+            "id 0 is '!' in the vocabulary and '<x>' among the added",
+        ),
+        ({"added_tokens_decoder": {"one": {"content": "<x>"}}}, "needs a whole-number id and a `content`"),
+        ({"added_tokens_decoder": {"300": {}}}, "needs a whole-number id and a `content`"),
+        ({"eos_token": "<gone>"}, "the eos_token '<gone>' .* is not in the vocabulary"),
+    ]:
+        write(tmp_path, "tokenizer_config.json", config)
+        with pytest.raises(InputError, match=found):
+            load_tokenizer(tmp_path)
