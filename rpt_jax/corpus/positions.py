@@ -1,0 +1,316 @@
+"""Annotated documents (token ids, entropies, arg-maxes on disk) -> the positions that are worth thinking about.
+
+The artefact is a folder: header.json (tokenizer and settings of the annotation) and ArrayRecord parts, one
+record a document. Which positions count is decided when it is loaded, so one annotation serves every threshold,
+the random baseline and the nested easy/medium/hard splits [RPT, arXiv 2506.08007, sections 3 and 4].
+"""
+
+import functools
+import json
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from rpt_jax.config import PositionConfig
+from rpt_jax.records import InputError
+
+DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; a position is in a split if its entropy is above
+FORMAT = 1
+READ_BLOCK = 1024  # documents
+RECORD = struct.Struct("<4sIII")  # mark, document, T, bytes of the name; then tokens, entropies, arg-maxes, name
+MARK = b"RPT1"
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A document with what a proxy policy predicted at each of its tokens, given the tokens before it."""
+
+    document: int  # number in the corpus
+    name: str  # "file:line"
+    tokens_T: np.ndarray  # int32
+    entropies_T: np.ndarray  # float32 nats, of the prediction of token t from tokens < t; nan at 0
+    argmaxes_T: np.ndarray  # int32, most probable token under the same prediction; -1 at 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place to predict: token `index` of document `document`, from the tokens before it."""
+
+    document: int
+    index: int  # t
+    entropy: float  # nats
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Many positions, one row each: 12 bytes a position. Indexing gives a Position, or Positions for an array."""
+
+    documents: np.ndarray  # int32
+    indices: np.ndarray  # int32
+    entropies: np.ndarray  # float32 nats
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, key):
+        documents, indices, entropies = self.documents[key], self.indices[key], self.entropies[key]
+        if np.ndim(documents):
+            return Positions(documents, indices, entropies)
+        return Position(int(documents), int(indices), float(entropies))
+
+
+@dataclass(frozen=True)
+class AnnotatedDocuments:
+    """The artefact opened: [i] is the i-th record, `documents[d]` the tokens of the corpus's document d."""
+
+    folder: Path
+    header: dict
+    records: Sequence[bytes]
+    bytes_V: np.ndarray | None = None  # int, bytes of each token, where the tokenizer was given
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self):
+        """Documents in stored order, read a block at a time."""
+        for start in range(0, len(self), READ_BLOCK):
+            block = range(start, min(start + READ_BLOCK, len(self)))
+            for record, packed in zip(block, self.records.__getitems__(block), strict=True):
+                yield _unpack(packed, f"{self.folder}, record {record}")
+
+    def __getitem__(self, record: int) -> Annotated:
+        return _unpack(self.records[record], f"{self.folder}, record {record}")
+
+    @functools.cached_property
+    def documents(self) -> "DocumentTokens":
+        return DocumentTokens(self)
+
+    @functools.cached_property
+    def record_of(self) -> dict[int, int]:
+        """Document number -> record; reads the artefact once. Raises InputError for a document that is there twice."""
+        records = {}
+        for record, annotated in enumerate(self):
+            if annotated.document in records:
+                raise InputError(
+                    f"{self.folder}: records {records[annotated.document]} and {record} both annotate document "
+                    f"{annotated.document}: two annotations were mixed, so delete the folder and annotate again"
+                )
+            records[annotated.document] = record
+        return records
+
+
+@dataclass(frozen=True)
+class DocumentTokens:
+    """Tokens by document number, read when asked for."""
+
+    annotated: AnnotatedDocuments
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        record = self.annotated.record_of.get(int(document))
+        if record is None:
+            raise InputError(f"{self.annotated.folder} holds no document {document}: annotate the corpus to its end")
+        return self.annotated[record].tokens_T
+
+
+def make_header(tokenizer, config: PositionConfig, proxy: str) -> dict:
+    """What an artefact must agree on with its reader."""
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "proxy": proxy,
+        "top_candidates": config.top_candidates,
+        "renormalise": config.renormalise,
+        "log_base": "nats",
+    }
+
+
+def write_header(folder: Path, header: dict) -> None:
+    """Writes header.json; raises InputError where the folder was begun with another header."""
+    path = Path(folder) / "header.json"
+    if path.exists():
+        there = _read_header(path)
+        for key in sorted(there.keys() | header.keys()):
+            if there.get(key) != header.get(key):
+                raise InputError(
+                    f"{path} was begun with {key}={there.get(key)!r}, this annotation has {header.get(key)!r}: "
+                    "use the same settings to continue it, or another folder"
+                )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("header.json.tmp")
+    temporary.write_text(json.dumps(header, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def write_annotated(folder: Path, part: int, documents: Sequence[Annotated]) -> Path:
+    """Writes one part, whole or not at all: it gets its name when it is complete, so a stop leaves only whole parts."""
+    path = Path(folder) / f"part-{part:05d}.arrayrecord"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # 1: records are read in any order
+    for document in documents:
+        writer.write(_pack(document))
+    writer.close()
+    os.replace(temporary, path)
+    return path
+
+
+def written_parts(folder: Path) -> list[int]:
+    """Numbers of the whole parts in a folder: what an interrupted annotation need not make again."""
+    matches = (re.fullmatch(r"part-(\d{5,})\.arrayrecord", path.name) for path in Path(folder).glob("part-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def open_annotated(folder: Path, tokenizer=None) -> AnnotatedDocuments:
+    """Opens what write_header and write_annotated made.
+
+    With a tokenizer, positions whose target has no bytes (a control token) are left out of every selection: no
+    answer in a box could name it. Raises InputError for a folder without artefact, a broken part, or a tokenizer
+    whose ids mean other bytes than those of the annotation.
+    """
+    folder = Path(folder)
+    header = _read_header(folder / "header.json")
+    if header.get("format") != FORMAT:
+        raise InputError(f"{folder}/header.json has format {header.get('format')}, this version reads {FORMAT}")
+    if tokenizer is not None and tokenizer.fingerprint != header["tokenizer"]:
+        raise InputError(
+            f"{folder} was annotated with tokenizer {header['tokenizer']} ({header['vocab_size']} tokens), the one "
+            f"given is {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens): use the same one or annotate again"
+        )
+    parts = [str(folder / f"part-{part:05d}.arrayrecord") for part in written_parts(folder)]
+    if not parts:
+        raise InputError(f"{folder} has a header and no finished part yet: run `rpt annotate` again to continue")
+    for part in parts:
+        try:
+            ArrayRecordReader(part).close()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"{part} is no readable ArrayRecord ({error}): delete it and annotate again") from error
+    bytes_V = None if tokenizer is None else np.array([len(piece) for piece in tokenizer.token_bytes])
+    return AnnotatedDocuments(folder, header, grain.sources.ArrayRecordDataSource(parts), bytes_V)
+
+
+def all_positions(annotated: AnnotatedDocuments, minimum_context: int, above: float = -np.inf) -> Positions:
+    """Every position with at least `minimum_context` tokens before it and entropy above `above`, in stored order."""
+    documents, indices, entropies = [], [], []
+    for document in annotated:
+        eligible_T = document.entropies_T > above  # false for nan, the first token
+        eligible_T[: max(minimum_context, 1)] = False
+        if annotated.bytes_V is not None:
+            eligible_T &= annotated.bytes_V[document.tokens_T] > 0
+        index = np.flatnonzero(eligible_T).astype(np.int32)
+        documents.append(np.full(len(index), document.document, np.int32))
+        indices.append(index)
+        entropies.append(document.entropies_T[index])
+    if not documents:
+        return Positions(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    return Positions(np.concatenate(documents), np.concatenate(indices), np.concatenate(entropies))
+
+
+def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed: int) -> Positions:
+    """Positions to train on: entropy above a threshold, the top share by entropy, or a random share.
+
+    In stored order whatever the kind; `seed` matters to "random" only. Ties at the edge of the top share go to
+    the earlier position. Raises InputError where settings clash with the annotation or no position is left.
+    """
+    _check_settings(annotated, config)
+    if config.select == "threshold":
+        chosen = all_positions(annotated, config.minimum_context, above=config.threshold)
+        if len(chosen):
+            return chosen
+    pool = all_positions(annotated, config.minimum_context)
+    if not len(pool):
+        raise InputError(
+            f"{annotated.folder}: none of its {len(annotated)} documents has a position with positions.minimum_context="
+            f"{config.minimum_context} tokens before it: lower it, or annotate longer documents"
+        )
+    if config.select == "threshold":
+        largest = pool.entropies.max()
+        raise InputError(
+            f"{annotated.folder}: no position has entropy above positions.threshold={config.threshold} nats; the "
+            f"largest of {len(pool)} is {largest:.4g}: use a threshold below that, or --positions.select top_share"
+        )
+    count = max(1, round(config.share * len(pool)))
+    if config.select == "top_share":
+        keep = np.argsort(-pool.entropies, kind="stable")[:count]
+    else:
+        keep = np.random.default_rng(seed).choice(len(pool), count, replace=False)
+    return pool[np.sort(keep)]
+
+
+def difficulty_splits(annotated: AnnotatedDocuments, config: PositionConfig | None = None) -> dict[str, Positions]:
+    """Positions with entropy above 0.5, 1.0 and 1.5 nats: easy contains medium contains hard. A split may be empty."""
+    config = PositionConfig() if config is None else config
+    easy = all_positions(annotated, config.minimum_context, above=DIFFICULTIES["easy"])
+    return {name: easy[easy.entropies > entropy] for name, entropy in DIFFICULTIES.items()}
+
+
+def position_stream(
+    positions: Positions, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset:
+    """Endless stream of Position, a new order each epoch from the seed; iterators have get_state and set_state.
+
+    Processes take turns on one global order, so together they see each position once an epoch, and n positions
+    from each of p processes are the same positions for every p with the same n p.
+    """
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process {process_index} of {process_count}: processes count from 0")
+    if not len(positions):
+        raise InputError("no positions to stream: select some with a lower positions.threshold or a larger share")
+    ordered = grain.MapDataset.source(positions).seed(seed % 2**32).shuffle().repeat()
+    # Rows are in memory: reading threads would cost more than they hide.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return ordered[process_index::process_count].to_iter_dataset(options)
+
+
+def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> None:
+    for name in ("top_candidates", "renormalise"):
+        there, here = annotated.header.get(name), getattr(config, name)
+        if there != here:
+            raise InputError(
+                f"{annotated.folder} was annotated with {name}={there}, the run says positions.{name}={here}: "
+                "entropies of the two differ, so annotate again or set it to what the annotation used"
+            )
+    if config.select != "threshold" and not 0 < config.share <= 1:
+        raise InputError(f"positions.share={config.share} must be above 0 and at most 1 for {config.select}")
+
+
+def _read_header(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"no annotated documents in {path.parent} (no header.json): make them with `rpt annotate`")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): delete the folder and annotate again") from error
+
+
+def _pack(document: Annotated) -> bytes:
+    name = document.name.encode("utf-8")
+    tokens = np.asarray(document.tokens_T, "<i4")
+    entropies = np.asarray(document.entropies_T, "<f4")
+    argmaxes = np.asarray(document.argmaxes_T, "<i4")
+    if not tokens.shape == entropies.shape == argmaxes.shape == (len(tokens),):
+        raise ValueError(
+            f"{document.name}: {tokens.shape} tokens, {entropies.shape} entropies, {argmaxes.shape} arg-maxes"
+        )
+    start = RECORD.pack(MARK, document.document, len(tokens), len(name))
+    return b"".join((start, tokens.tobytes(), entropies.tobytes(), argmaxes.tobytes(), name))
+
+
+def _unpack(record: bytes, where: str) -> Annotated:
+    if len(record) < RECORD.size or record[:4] != MARK:
+        raise InputError(f"{where} is no annotated document: delete the part and annotate again")
+    _, document, count, name_bytes = RECORD.unpack_from(record)
+    if len(record) != RECORD.size + 12 * count + name_bytes:
+        raise InputError(f"{where} has {len(record)} bytes where {count} tokens need another number: annotate again")
+    arrays = [
+        np.frombuffer(record, kind, count, RECORD.size + 4 * count * i) for i, kind in enumerate(("<i4", "<f4", "<i4"))
+    ]
+    return Annotated(document, record[len(record) - name_bytes :].decode("utf-8"), *arrays)
