@@ -1,0 +1,123 @@
+"""The generated corpus: its answers are what its texts say, its thoughts are right, its split is clean."""
+
+import re
+
+import numpy as np
+import pytest
+
+from rpt_jax.corpus import arithmetic
+from rpt_jax.corpus.prompts import parse_answer
+
+
+def interpret(context: str) -> int:
+    """The asked value, worked out from the text alone by an independent little interpreter."""
+    if context.startswith("Find"):
+        asked = context[5]
+        body = context.split(":")[1].split(".")[0].replace("and ", "")
+        pending = [statement.strip().split(" in ") for statement in body.split(",")]
+        values = {}
+        while asked not in values:
+            source, name = pending.pop(0)
+            if source.isdigit():
+                values[name] = int(source)
+            elif source[0] in values:
+                values[name] = eval(f"({values[source[0]]}){source[1:]}") % 10
+            else:
+                pending.append([source, name])
+        return values[asked]
+    value = int(re.search(r"has (\d)", context).group(1))
+    for operation in re.findall(r"gets ([-+*]\d)", context):
+        value = eval(f"({value}){operation}") % 10
+    return value
+
+
+@pytest.mark.parametrize("kind", arithmetic.KINDS)
+def test_answers_follow_from_the_text(kind):
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        problem = arithmetic.make_problem(*kind, rng)
+        assert problem.answer == f" {interpret(problem.context)}"
+        assert problem.text == problem.context + problem.answer + "."
+        strays = len(re.findall(r"[-+*]\d", problem.context)) - kind[1]
+        assert problem.steps == kind[1] and 0 <= strays <= (0 if kind[0] == "total" else arithmetic.STRAYS)
+
+
+def test_a_thought_does_one_right_step_at_a_time():
+    rng = np.random.default_rng(2)
+    for kind in arithmetic.KINDS:
+        problem = arithmetic.make_problem(*kind, rng)
+        opening, thought = problem.thought[: len(arithmetic.OPENING)], problem.thought[len(arithmetic.OPENING) :]
+        assert opening == arithmetic.OPENING
+        if kind[0] == "total":
+            first, *steps = re.findall(r"(?:([-+*]\d) )?(\d)", thought)
+            value = int(first[1])
+            for operation, result in steps:
+                value = arithmetic.apply(value, operation)
+                assert value == int(result)
+        else:
+            value = int(thought[1])
+            for source, operation, name, result in re.findall(r"(\w)([-+*]\d) in (\w) (\d)", thought):
+                assert f"{source}{operation} in {name}" in problem.context
+                value = arithmetic.apply(value, operation)
+                assert value == int(result)
+        assert problem.answer == f" {value}"
+
+
+def test_operations_do_not_commute_and_lose_nothing():
+    tables = {op: [arithmetic.apply(v, op) for v in range(10)] for op in arithmetic.OPERATIONS}
+    assert all(sorted(table) == list(range(10)) for table in tables.values())
+    assert arithmetic.apply(arithmetic.apply(1, "+3"), "*7") != arithmetic.apply(arithmetic.apply(1, "*7"), "+3")
+
+
+def test_permuted_texts_are_out_of_order_and_often_order_sensitive():
+    rng = np.random.default_rng(3)
+    problems = [arithmetic.make_problem("permuted", 4, rng) for _ in range(200)]
+    for problem in problems:
+        sources = re.findall(r"(\d|\w[-+*]\d) in", problem.context)
+        in_thought = re.findall(r"(\d|\w[-+*]\d) in", problem.thought)
+        assert set(in_thought) <= set(sources)
+        order = [in_thought.index(source) for source in sources if source in in_thought]
+        assert not arithmetic.is_nearly_in_order(order)
+    assert 0.3 < np.mean([problem.naive != problem.answer for problem in problems]) < 0.8
+
+
+def test_chains_are_in_order_or_have_one_pair_of_neighbours_swapped():
+    rng = np.random.default_rng(7)
+    seen = set()
+    for _ in range(200):
+        problem = arithmetic.make_problem("chain", 3, rng)
+        in_thought = re.findall(r"(\d|\w[-+*]\d) in", problem.thought)
+        sources = re.findall(r"(\d|\w[-+*]\d) in", problem.context)
+        seen.add(tuple(in_thought.index(source) for source in sources if source in in_thought))
+    assert seen == {(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2)}
+    assert arithmetic.is_nearly_in_order([0, 2, 1]) and not arithmetic.is_nearly_in_order([1, 2, 0])
+
+
+def test_names_say_nothing_about_the_order_of_the_chain():
+    """The i-th letter that a text mentions comes from the i-th pair, whatever it stands for."""
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        problem = arithmetic.make_problem("permuted", 5, rng)
+        mentioned = list(dict.fromkeys(re.findall(r"\b[a-v]\b|\b[a-v](?=[-+*])", problem.context)))
+        assert all(name in pair for name, pair in zip(mentioned, arithmetic.NAMES, strict=False))
+
+
+def test_the_evaluation_side_is_never_drawn_for_training():
+    rng = np.random.default_rng(5)
+    trained = {arithmetic.draw_problem(kind, False, rng).text for kind in arithmetic.KINDS for _ in range(200)}
+    evaluated = {arithmetic.draw_problem(kind, True, rng).text for kind in arithmetic.KINDS for _ in range(50)}
+    assert not trained & evaluated
+    assert all(arithmetic.is_held_out(text) for text in evaluated)
+
+
+def test_the_longest_permuted_texts_have_no_traces():
+    for traced in (arithmetic.TRACED, arithmetic.TRACED_SHORT):
+        assert not {("permuted", 4), ("permuted", 5)} & set(traced)
+        assert set(traced) < set(arithmetic.KINDS)
+    assert set(arithmetic.TRACED_SHORT) < set(arithmetic.TRACED)
+
+
+def test_responses_box_the_answer():
+    thought, answer = arithmetic.lazy_thought(np.random.default_rng(6))
+    assert thought == arithmetic.FILLER + answer
+    assert parse_answer(arithmetic.response(thought, answer).encode()) == answer.encode()
