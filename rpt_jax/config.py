@@ -195,7 +195,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    annotated: str = ""  # folder of held-out documents, `rpt annotate --part holdout`; empty: nothing to evaluate on
+    annotated: str = ""  # folder `rpt annotate` writes for the corpus.holdout documents; empty: no evaluation
     every: int = 100  # steps; 0: only at the end
     positions: int = 512  # held-out positions per split, the same for both modes; 0: all
     group_size: int = 1  # rollouts per position
@@ -209,13 +209,13 @@ class EvaluateConfig:
 class Config:
     """One run of reinforcement pre-training."""
 
-    name: str = "run"
-    seed: int = 0
+    name: str = "run"  # shown by progress display and trackers
+    seed: int = 0  # of positions, rollouts, and what is held out
     steps: int = 1000  # policy updates (paper: 1000)
     batch_size: int = 256  # N, prompts a step (paper: 256)
-    policy: str = ""  # checkpoint folder of the starting policy
-    run_folder: str = "runs/run"
-    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: str = ""  # the starting policy: a policy folder, or a run folder (its newest checkpoint)
+    run_folder: str = "runs/run"  # where everything is written; a run that is there is continued
+    model: ModelConfig = field(default_factory=ModelConfig)  # the policy says the shape; dtypes and remat count
     mesh: MeshConfig = field(default_factory=MeshConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     positions: PositionConfig = field(default_factory=PositionConfig)

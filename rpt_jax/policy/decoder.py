@@ -33,8 +33,9 @@ def rope_frequencies(channels: int, theta: float, scaling: RopeScaling) -> Array
     """Angles per token for each channel pair, C/2 values in radians.
 
     theta^(-2i/C) [RoFormer, arXiv 2104.09864]; `llama3` stretches long wavelengths by `factor` and blends between the
-    two cut-offs [Llama 3.1 release]; `yarn` blends by the number of rotations over the original context
-    [arXiv 2309.00071, section 3.2].
+    two cut-offs [Llama 3.1 release]; `yarn` does so by the number of rotations over the original context
+    [arXiv 2309.00071, section 3.2]. Its blend runs evenly over the pairs between the two cut-offs, as in the authors'
+    code and transformers; the paper's formula has it run evenly over rotations.
     """
     base = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
     if scaling.kind == "none":

@@ -1,4 +1,4 @@
-"""Matmul FLOPs of the decoder, counted from shapes: what sampling, scoring and updates cost, for equal-compute controls.
+"""Matmul FLOPs of the decoder, counted from shapes: what sampling and updates cost, for controls at equal compute.
 
 A multiply-add is two FLOPs. Norms, softmax, rotary embedding and the optimizer are left out (a few per cent).
 """

@@ -1,0 +1,304 @@
+"""Documents -> entropy and arg-max of every next-token distribution under a proxy policy, on disk.
+
+In: any policy of this project and a random-access source of (document number, name, tokens). Out: the artefact that
+corpus/positions.py reads. This is the paper's position filter [RPT, arXiv 2506.08007, section 3.2: entropy over the
+proxy's best 16 tokens], with the choices it leaves open as options.
+
+Long documents. The proxy sees `window` tokens. A longer document goes through in windows that start every half window;
+each token is predicted in the first window that can, so it is given all tokens before it, or at least half a window
+of them (and a whole one at best). What is before a window does not exist for it: places count from its start.
+
+Resuming. Parts of the artefact appear whole or not at all, and those that are there are skipped. The header holds
+what a part depends on, so a folder begun with another proxy, corpus size or setting is refused.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import ModelConfig, PositionConfig
+from rpt_jax.corpus.documents import Documents
+from rpt_jax.corpus.positions import (
+    Annotated,
+    make_header,
+    open_annotated,
+    write_annotated,
+    write_header,
+    written_parts,
+)
+from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.mesh import batch_sharding, place, to_host
+from rpt_jax.policy import decoder
+from rpt_jax.records import Array, InputError, Params
+
+BLOCK = 128  # logits searched together by `largest`
+Source = Sequence[tuple[int, str, np.ndarray]]  # document number, name, tokens_T
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSource:
+    """Documents of a corpus with their tokens, made when asked for; what annotate reads."""
+
+    documents: Documents
+    indexes: np.ndarray  # which documents, for example Corpus.train or Corpus.holdout
+    tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        return len(self.indexes)
+
+    def __getitem__(self, place: int) -> tuple[int, str, np.ndarray]:
+        document = self.documents[self.indexes[place]]
+        return int(self.indexes[place]), document.name, np.asarray(self.tokenizer.encode(document.text), np.int32)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens start..stop-1 of a document go in; the predictions of tokens first..stop are kept."""
+
+    document: int  # place in the part
+    start: int
+    stop: int
+    first: int
+
+
+def annotate(
+    params: Params,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    documents: Source,
+    folder: str | Path,
+    config: PositionConfig,
+    *,
+    proxy: str,
+    banned_ids: tuple[int, ...] = (),
+    part_documents: int = 1024,
+    token_chunk: int = 1024,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes entropies and arg-maxes of all documents to `folder`; goes on where an interrupted call stopped.
+
+    H = -sum_i p_i log p_i in nats over the config.top_candidates most probable tokens, their p_i scaled to sum to 1
+    with config.renormalise and as they are without. entropies_T[t] belongs to the prediction of token t from the
+    tokens before it: nan at 0, where the arg-max is -1.
+
+    Args:
+        documents: has len and [i]; a part's documents are in memory at one time.
+        proxy: name of the policy, for the header.
+        banned_ids: tokens that are no text (such as <think>): impossible, the others' probabilities sum to 1.
+        part_documents: documents of a part, what an interruption can cost at the most.
+        token_chunk: tokens whose logits exist at one time.
+        mesh: rows are split over its data and fsdp axes; every process calls alike and process 0 writes.
+        progress: called with (documents done, documents in all).
+
+    Raises InputError where tokenizer, model, settings or what is in the folder do not fit together, and
+    FloatingPointError when the proxy gives an entropy that is not finite.
+    """
+    _check(model, tokenizer, config, banned_ids)
+    is_writer, total = jax.process_index() == 0, len(documents)
+    if is_writer:
+        made_by = {"parameters": fingerprint(params), "window": config.window, "banned_ids": sorted(banned_ids)}
+        size = {"documents": total, "part_documents": part_documents}
+        write_header(folder, make_header(tokenizer, config, proxy) | made_by | size)
+    written = written_parts(folder)
+    _check_written(folder, written, documents, part_documents)
+    report = progress or (lambda done, total: None)
+    settings = model, config.top_candidates, config.renormalise, tuple(banned_ids), token_chunk
+
+    def run(*batch):
+        return to_host(predict(params, *settings, *(place(batch, batch_sharding(mesh)) if mesh else batch)))
+
+    for part, start in enumerate(range(0, total, part_documents)):
+        stop = min(start + part_documents, total)
+        if part not in written:
+            kept = [_unpredicted(*documents[i], model.vocab_size) for i in range(start, stop)]
+            _fill(kept, run, config, mesh, lambda done, start=start: report(start + done, total))
+            if is_writer:
+                write_annotated(folder, part, kept)
+        report(stop, total)
+
+
+def _unpredicted(document: int, name: str, tokens, vocab_size: int) -> Annotated:
+    tokens_T = np.asarray(tokens, np.int32)
+    if tokens_T.size and not 0 <= tokens_T.min() <= tokens_T.max() < vocab_size:
+        raise InputError(
+            f"{name}: token ids from {tokens_T.min()} to {tokens_T.max()}, but model.vocab_size={vocab_size}: use the "
+            "tokenizer that the proxy was made for"
+        )
+    count = len(tokens_T)
+    return Annotated(document, name, tokens_T, np.full(count, np.nan, np.float32), np.full(count, -1, np.int32))
+
+
+def _fill(kept: Sequence[Annotated], run: Callable, config: PositionConfig, mesh: Mesh | None, report: Callable):
+    """Puts the predictions into a part's documents, windows of like length together."""
+    rows = [Window(d, *span) for d, there in enumerate(kept) for span in windows(len(there.tokens_T), config.window)]
+    waiting = np.bincount([row.document for row in rows], minlength=len(kept))  # windows of each document to come
+    multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    for tokens_BT, lengths_B, batch in _batches(rows, kept, config.batch_tokens, multiple):
+        entropies_BT, argmaxes_BT = run(tokens_BT, lengths_B)
+        for b, row in enumerate(batch):
+            there, targets = kept[row.document], slice(row.first, row.stop + 1)
+            places = slice(row.first - row.start - 1, row.stop - row.start)
+            there.entropies_T[targets], there.argmaxes_T[targets] = entropies_BT[b, places], argmaxes_BT[b, places]
+            if not np.isfinite(there.entropies_T[targets]).all():
+                raise FloatingPointError(f"{there.name}: the proxy's entropy is not finite; its parameters are broken")
+            waiting[row.document] -= 1
+        report(int(np.sum(waiting == 0)))
+
+
+def windows(tokens: int, window: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first) of the windows of a document, see Window; together they predict each of tokens 1.. once."""
+    spans, start, first = [], 0, 1
+    while first < tokens:
+        stop = min(start + window, tokens - 1)  # nothing is predicted from the last token
+        spans.append((start, stop, first))
+        start, first = start + window // 2, stop + 1
+    return spans
+
+
+def padded_length(tokens: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds so many tokens: few shapes, a third of padding at most."""
+    power = 16
+    while power < tokens:
+        power *= 2
+    return power if power == 16 or tokens > power * 3 // 4 else power * 3 // 4
+
+
+def _batches(
+    rows: Sequence[Window], kept: Sequence[Annotated], batch_tokens: int, multiple: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[Window]]]:
+    """(tokens_BT, lengths_B, the windows in it): one B for each T, unused rows have length 0."""
+    by_length: dict[int, list[Window]] = {}
+    for row in rows:
+        by_length.setdefault(padded_length(row.stop - row.start), []).append(row)
+    for T, group in sorted(by_length.items()):
+        B = -(-max(1, batch_tokens // T) // multiple) * multiple
+        for start in range(0, len(group), B):
+            batch = group[start : start + B]
+            tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+            for b, row in enumerate(batch):
+                lengths_B[b] = row.stop - row.start
+                tokens_BT[b, : lengths_B[b]] = kept[row.document].tokens_T[row.start : row.stop]
+            yield tokens_BT, lengths_B, batch
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def predict(
+    params: Params,
+    model: ModelConfig,
+    top_candidates: int,
+    renormalise: bool,
+    banned_ids: tuple[int, ...],
+    token_chunk: int,
+    tokens_BT: Array,
+    lengths_B: Array,
+) -> tuple[Array, Array]:
+    """(entropies_BT, argmaxes_BT) of the distribution that follows each token of right-padded rows.
+
+    The head runs over a few places of every row at a time, so that logits of at most token_chunk tokens (one a row
+    where there are more rows) exist at once and rows stay on their devices.
+    """
+    B, T = tokens_BT.shape
+    hidden_BTD, _ = decoder.forward(params, model, tokens_BT, decoder.positions_from_lengths(lengths_B, T))
+    places = next(t for t in range(max(1, min(T, token_chunk // B)), 0, -1) if T % t == 0)
+
+    def of_chunk(hidden_BTD):
+        return candidates(text_logits(params, model, hidden_BTD, banned_ids), top_candidates, renormalise)
+
+    chunks = hidden_BTD.reshape(B, T // places, places, -1).swapaxes(0, 1)
+    return tuple(chunk.swapaxes(0, 1).reshape(B, T) for chunk in jax.lax.map(of_chunk, chunks))
+
+
+def candidates(logits_BTV: Array, top: int, renormalise: bool) -> tuple[Array, Array]:
+    """(entropies_BT, argmaxes_BT): -sum p log p over the `top` most probable tokens; of equal ones the lowest id."""
+    best_BTZ, tokens_BTZ = largest(logits_BTV, min(top, logits_BTV.shape[-1]))
+    among = best_BTZ if renormalise else logits_BTV
+    logp_BTZ = best_BTZ - jax.nn.logsumexp(among, axis=-1, keepdims=True)
+    terms_BTZ = jnp.where(logp_BTZ == -jnp.inf, 0.0, jnp.exp(logp_BTZ) * logp_BTZ)
+    return jnp.maximum(-jnp.sum(terms_BTZ, axis=-1), 0.0), tokens_BTZ[..., 0]  # rounding could give -1e-8
+
+
+def largest(logits: Array, top: int) -> tuple[Array, Array]:
+    """jax.lax.top_k, which on CPU takes most of an annotation's time for a large vocabulary, five times faster there.
+
+    The `top` largest of a row lie in the `top` blocks with the largest maxima, so only those are searched; of equal
+    ones the lowest id comes first.
+    """
+    V = logits.shape[-1]
+    blocks = -(-V // BLOCK)
+    if blocks <= 4 * top:
+        best, ids = jax.lax.top_k(logits, top)
+    else:
+        padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * BLOCK - V)]
+        parted = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*logits.shape[:-1], blocks, BLOCK)
+        _, chosen = jax.lax.top_k(parted.max(axis=-1), top)
+        chosen = jnp.sort(chosen, axis=-1)
+        searched = jnp.take_along_axis(parted, chosen[..., None], axis=-2)
+        best, places = jax.lax.top_k(searched.reshape(*logits.shape[:-1], top * BLOCK), top)
+        ids = jnp.take_along_axis(chosen, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
+    # The barrier is for speed alone: a slice behind top_k makes XLA on CPU sort whole rows, 25 times slower.
+    return jax.lax.optimization_barrier((best, ids))
+
+
+def text_logits(params: Params, model: ModelConfig, hidden: Array, banned_ids: tuple[int, ...]) -> Array:
+    """decoder.logits with -inf for tokens that are no text."""
+    logits = decoder.logits(params, model, hidden)
+    return logits.at[..., jnp.array(banned_ids, jnp.int32)].set(-jnp.inf) if banned_ids else logits
+
+
+def fingerprint(params: Params) -> str:
+    """Eight hex digits from every bit of the parameters, the same however they lie on devices (integer sums)."""
+    return f"{int(_bit_sum(params)):08x}"
+
+
+@jax.jit
+def _bit_sum(params: Params) -> Array:
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(params):
+        width = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+        weights = jnp.ones(leaf.shape, jnp.uint32)  # odd, and another one for each entry
+        for axis in range(leaf.ndim):
+            step = jnp.uint32((2654435761 * (2 * axis + 1) * 2) % 2**32)
+            weights += step * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        total = total * jnp.uint32(16777619) + jnp.sum(bits * weights, dtype=jnp.uint32)
+    return total
+
+
+def _check(model: ModelConfig, tokenizer: Tokenizer, config: PositionConfig, banned_ids: tuple[int, ...]) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the proxy model.vocab_size={model.vocab_size}: use the "
+            "tokenizer that the proxy was made for"
+        )
+    for name, least in (("top_candidates", 1), ("window", 2), ("batch_tokens", 1)):
+        if getattr(config, name) < least:
+            raise InputError(f"positions.{name}={getattr(config, name)}: use {least} or more")
+    wrong = [token for token in banned_ids if not 0 <= token < model.vocab_size]
+    if wrong:
+        raise InputError(
+            f"banned token {wrong[0]} is outside model.vocab_size={model.vocab_size}: give ids of this model"
+        )
+
+
+def _check_written(folder: str | Path, written: Sequence[int], documents: Source, part_documents: int) -> None:
+    """Compares the last document of every part that is there with the source's; the header vouches for the rest."""
+    if not written:
+        return
+    there, record = open_annotated(folder), -1
+    for part in written:
+        stop = min((part + 1) * part_documents, len(documents))
+        record += stop - part * part_documents
+        document, name, tokens_T = documents[stop - 1]
+        old = there[record] if record < len(there) else None
+        if old is None or old.document != document or not np.array_equal(old.tokens_T, tokens_T):
+            raise InputError(
+                f"{folder}: part {part} was made from other documents than those given now ({name} differs): give the "
+                "same corpus to continue it, or another folder"
+            )

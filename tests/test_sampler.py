@@ -1,0 +1,246 @@
+"""Sampler: against the full forward pass and the scorer, the contract "Randomness", end tokens, and what is drawn."""
+
+import functools
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from rpt_jax import mesh as meshes
+from rpt_jax.config import MeshConfig, ModelConfig, SampleConfig
+from rpt_jax.policy import decoder, sampler, scorer
+from rpt_jax.records import Prompts, Rollouts
+
+MODEL = ModelConfig(vocab_size=12, width=16, layers=2, heads=2, kv_heads=1, head_channels=8, hidden=24)
+SAMPLING = SampleConfig(group_size=3, temperature=0.8, max_tokens=12, tokens_per_call=5)
+TOKENS_NT = np.array([[3, 1, 4, 1], [9, 0, 0, 0], [2, 6, 5, 0], [10, 3, 0, 0]], np.int32)
+LENGTHS_N = np.array([4, 1, 3, 2], np.int32)
+IDS_N2 = np.array([[0, 7], [2**32 - 1, 2**32 - 2], [5, 2**31], [7, 0]], np.uint32)
+END_IDS = (5, 8)
+
+
+@functools.cache
+def policy(model: ModelConfig = MODEL):
+    """Parameters whose distributions are neither uniform nor certain."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(decoder.init, model), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + ("scale" in str(path[-1])), params)
+
+
+def prompts(tokens_NT=TOKENS_NT, lengths_N=LENGTHS_N, ids_N2=IDS_N2):
+    return Prompts(tokens_NT, lengths_N, ids_N2, truth_NX=None, boundaries_NX=None, entropies_N=None)
+
+
+def sample(asked=None, sampling=SAMPLING, end_ids=END_IDS, key=0, params=None) -> Rollouts:
+    params, asked = params or policy(), asked or prompts()
+    return sampler.sample(params, MODEL, sampling, asked, jax.random.key(key), end_ids)
+
+
+@functools.cache
+def rollouts() -> Rollouts:
+    """The rollouts that most tests look at."""
+    return sample()
+
+
+def assert_same(got: Rollouts, expected: Rollouts):
+    for name in ("tokens_NGR", "lengths_NG", "finished_NG"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+    np.testing.assert_allclose(got.logprobs_NGR, expected.logprobs_NGR, atol=1e-5)
+
+
+def part(rollouts: Rollouts, *index):
+    """Some prompts, members and tokens of rollouts."""
+    return Rollouts(
+        rollouts.tokens_NGR[index],
+        rollouts.lengths_NG[index[:2]],
+        rollouts.logprobs_NGR[index],
+        rollouts.finished_NG[index[:2]],
+    )
+
+
+@jax.jit
+def full_logits(params, tokens_BT, lengths_B):
+    positions_BT = decoder.positions_from_lengths(lengths_B, tokens_BT.shape[1])
+    return decoder.logits(params, MODEL, decoder.forward(params, MODEL, tokens_BT, positions_BT)[0])
+
+
+def test_greedy_is_the_arg_max_of_the_full_forward_pass():
+    """For 80 tokens, so across a growth of the cache; at temperature 0 log-probs are those of temperature 1."""
+    compiled = sampler.decode._cache_size()
+    got = sample(sampling=replace(SAMPLING, group_size=1, temperature=0.0, max_tokens=80), end_ids=())
+    assert sampler.decode._cache_size() - compiled == 2, "one compilation for each size of the cache"
+    assert sampler.FIRST_CACHE < 80 and (got.lengths_NG == 80).all() and not got.finished_NG.any()
+    rows_BT = np.zeros((4, 84), np.int32)
+    for n, length in enumerate(LENGTHS_N):
+        rows_BT[n, : length + 80] = [*TOKENS_NT[n, :length], *got.tokens_NGR[n, 0]]
+    logits_BTV = np.asarray(full_logits(policy(), rows_BT, LENGTHS_N + 80))
+    for n, length in enumerate(LENGTHS_N):
+        predicting_RV = logits_BTV[n, length - 1 : length + 79]
+        np.testing.assert_array_equal(got.tokens_NGR[n, 0], predicting_RV.argmax(axis=1))
+        logprobs_R = predicting_RV.max(axis=1) - scipy.special.logsumexp(predicting_RV, axis=1)
+        np.testing.assert_allclose(got.logprobs_NGR[n, 0], logprobs_R, atol=1e-4)
+        assert len(set(got.tokens_NGR[n, 0])) > 2, "a constant row would show little"
+
+
+def test_logprobs_are_the_scorer_s():
+    """At temperature 0.8, ragged prompts and rollouts, within 1e-4; zero behind the end."""
+    score = jax.jit(scorer.score, static_argnums=1)
+    made = rollouts()
+    scored_NGR, _ = score(policy(), MODEL, TOKENS_NT, LENGTHS_N, made.tokens_NGR, made.lengths_NG, 0.8)
+    assert np.abs(scored_NGR - made.logprobs_NGR).max() < 1e-4
+    live_NGR = np.arange(12) < made.lengths_NG[:, :, None]
+    np.testing.assert_array_equal(made.logprobs_NGR < 0, live_NGR)
+    assert len(np.unique(made.lengths_NG)) > 2, "lengths are not ragged"
+
+
+def test_end_tokens_end_and_are_kept():
+    """The same as sampling without end tokens and cutting behind the first one."""
+    free, made = sample(end_ids=()), rollouts()
+    assert (free.lengths_NG == 12).all() and not free.finished_NG.any()
+    is_end_NGR = np.isin(free.tokens_NGR, END_IDS)
+    first_NG = np.where(is_end_NGR.any(axis=2), is_end_NGR.argmax(axis=2), 11)
+    live_NGR = np.arange(12) <= first_NG[:, :, None]
+    expected = Rollouts(free.tokens_NGR * live_NGR, first_NG + 1, free.logprobs_NGR * live_NGR, is_end_NGR.any(axis=2))
+    assert_same(made, expected)
+    last_NG = np.take_along_axis(made.tokens_NGR, made.lengths_NG[:, :, None] - 1, axis=2)[:, :, 0]
+    assert set(last_NG[made.finished_NG]) == set(END_IDS) and not made.finished_NG.all(), "too few cases"
+
+
+def test_rollouts_do_not_depend_on_order_or_company():
+    reverse = slice(None, None, -1)
+    got = sample(prompts(TOKENS_NT[reverse], LENGTHS_N[reverse], IDS_N2[reverse]))
+    assert_same(part(got, reverse), rollouts())
+    others_NT = np.vstack([[[7, 7, 7, 7], [1, 1, 0, 0], [6, 0, 0, 0]], TOKENS_NT[1:2]])
+    got = sample(prompts(others_NT, np.array([4, 2, 1, 1], np.int32), IDS_N2[[0, 2, 3, 1]]))
+    assert_same(part(got, slice(3, 4)), part(rollouts(), slice(1, 2)))
+
+
+def test_rollouts_do_not_depend_on_batch_size_padding_group_size_or_calls():
+    """Alone, padding wider and filled, another member, fewer tokens a call, a lower limit: what is shared stays."""
+    wider_NT = np.pad(TOKENS_NT[2:3], ((0, 0), (0, 3)))
+    wider_NT[:, 3:] = 11
+    sampling = replace(SAMPLING, group_size=4, tokens_per_call=2, max_tokens=9)
+    got = sample(prompts(wider_NT, LENGTHS_N[2:3], IDS_N2[2:3]), sampling)
+    made = part(rollouts(), slice(2, 3))
+    live_NGR = np.arange(9) < made.lengths_NG[:, :, None]
+    expected = Rollouts(
+        made.tokens_NGR[:, :, :9],
+        np.minimum(made.lengths_NG, 9),
+        made.logprobs_NGR[:, :, :9] * live_NGR,
+        made.finished_NG & (made.lengths_NG <= 9),
+    )
+    assert_same(part(got, slice(None), slice(3)), expected)
+
+
+def test_a_mesh_of_8_devices_gives_the_rollouts_of_one():
+    """Parameters split over fsdp and tensor, prompts over data and fsdp."""
+    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy())
+    assert_same(sample(meshes.to_global(prompts(), mesh), params=meshes.place(policy(), shardings)), rollouts())
+
+
+def test_members_positions_and_steps_differ():
+    """The same prompt under four positions, three members each: twelve rollouts; another step key: twelve others."""
+    same = prompts(np.repeat(TOKENS_NT[:1], 4, axis=0), np.full(4, 4, np.int32))
+    rows = {tuple(row) for key in (0, 1) for row in sample(same, end_ids=(), key=key).tokens_NGR.reshape(12, 12)}
+    assert len(rows) == 24
+
+
+def test_keys_are_all_different():
+    """For ids over the whole range of uint32, in both places, and every member; and none is the caller's."""
+    ids = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    ids_N2 = np.array([(document, t) for document in ids for t in ids], np.uint32)
+    keys = [jax.random.key_data(sampler.rollout_keys(jax.random.key(key), ids_N2, 3)) for key in (0, 1)]
+    rows = {tuple(row) for row in np.concatenate([*keys, [jax.random.key_data(jax.random.key(0))]])}
+    assert len(rows) == 2 * len(ids_N2) * 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("cuts", "kept"),
+    [
+        ({}, [0.2, 0.05, 0.5, 0.1, 0.15]),
+        ({"top_k": 1}, [0.5]),
+        ({"top_k": 3}, [0.2, 0.5, 0.15]),
+        ({"top_k": 9}, [0.2, 0.05, 0.5, 0.1, 0.15]),
+        ({"top_p": 0.01}, [0.5]),
+        ({"top_p": 0.49}, [0.5]),
+        ({"top_p": 0.51}, [0.2, 0.5]),
+        ({"top_p": 0.8}, [0.2, 0.5, 0.15]),
+        ({"top_p": 0.8, "top_k": 3}, [0.2, 0.5]),  # of what is left, 0.85, the two have 0.82
+        ({"min_p": 0.25}, [0.2, 0.5, 0.15]),
+        ({"min_p": 0.99}, [0.5]),
+        ({"min_p": 0.25, "top_k": 2}, [0.2, 0.5]),
+    ],
+)
+def test_cuts_by_hand(cuts, kept):
+    probabilities_V = np.array([0.2, 0.05, 0.5, 0.1, 0.15], np.float32)
+    got_V = np.asarray(sampler.cut(jnp.log(probabilities_V)[None], replace(SAMPLING, **cuts)))[0]
+    np.testing.assert_allclose(np.exp(got_V), np.where(np.isin(probabilities_V, np.float32(kept)), probabilities_V, 0))
+
+
+@hypothesis.given(
+    logits_V=st.lists(st.sampled_from(np.linspace(-9, 9, 37).tolist()), min_size=7, max_size=7),
+    top_k=st.integers(0, 8),
+    top_p=st.floats(0.01, 1.0),
+    min_p=st.one_of(st.just(0.0), st.floats(0.001, 0.999)),
+)
+def test_cuts_keep_what_they_promise(logits_V, top_k, top_p, min_p):
+    """The best stays, nothing better than a kept token goes, logits stay as they are, and masses are right."""
+    logits_V = np.asarray(logits_V, np.float32)
+
+    def kept(**cuts):
+        got_V = np.asarray(sampler.cut(jnp.asarray(logits_V)[None], replace(SAMPLING, **cuts)))[0]
+        kept_V = np.isfinite(got_V)
+        np.testing.assert_array_equal(got_V[kept_V], logits_V[kept_V])
+        assert kept_V[logits_V == logits_V.max()].any()
+        assert logits_V[kept_V].min() >= logits_V[~kept_V].max(initial=-np.inf)
+        return kept_V
+
+    p_V = scipy.special.softmax(logits_V.astype(np.float64))
+    by_k, by_p, by_min = kept(top_k=top_k), kept(top_p=top_p), kept(min_p=min_p)
+    if top_k:
+        assert by_k.sum() >= min(top_k, 7) > (logits_V[by_k] > logits_V[by_k].min()).sum()  # ties of the last all stay
+    assert p_V[by_p].sum() >= top_p - 1e-5 and p_V[by_p].sum() - p_V[by_p].min() < top_p + 1e-5
+    assert p_V[by_min].min() >= min_p * p_V.max() - 1e-6 and p_V[~by_min].max(initial=0) <= min_p * p_V.max() + 1e-6
+    assert not (kept(top_k=top_k, top_p=top_p, min_p=min_p) & ~(by_k & by_p)).any()
+
+
+def assert_drawn_from(counts, probabilities):
+    """Chi-square test at 0.001; draws are from fixed keys, so it passes or fails for good."""
+    possible = probabilities > 0
+    assert not counts[~possible].any()
+    expected = probabilities[possible] * counts.sum()
+    assert expected.min() > 5, "too few draws for the test"
+    assert scipy.stats.chisquare(counts[possible], expected, sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_draws_follow_the_softmax(top_k):
+    """At temperature 0.7 over 20,000 keys; log-probs are of the distribution before the cut."""
+    logits_V = np.array([0.3, -1.0, 1.2, 0.0, 0.9, -0.4], np.float32)
+    draw = jax.jit(sampler.draw, static_argnums=2)
+    keys_B = jax.random.split(jax.random.key(3), 20_000)
+    tokens_B, logprobs_B = draw(np.tile(logits_V, (20_000, 1)), keys_B, replace(SAMPLING, temperature=0.7, top_k=top_k))
+    p_V = scipy.special.softmax(logits_V.astype(np.float64) / 0.7)
+    np.testing.assert_allclose(logprobs_B, np.log(p_V)[tokens_B], rtol=1e-5)
+    left_V = np.where(np.isin(np.arange(6), [0, 2, 4]), p_V, 0) if top_k else p_V
+    assert_drawn_from(np.bincount(tokens_B, minlength=6), left_V / left_V.sum())
+
+
+def test_sequences_follow_the_policy():
+    """Pairs of tokens of 6,000 members of one group, in three classes: noise shared by tokens would show."""
+    sampling = replace(SAMPLING, group_size=6000, max_tokens=2)
+    pairs_B2 = sample(prompts(TOKENS_NT[:1], LENGTHS_N[:1], IDS_N2[:1]), sampling, end_ids=()).tokens_NGR[0]
+    rows_BT = np.zeros((12, 84), np.int32)
+    rows_BT[:, :4], rows_BT[:, 4] = TOKENS_NT[0], np.arange(12)
+    parts = [full_logits(policy(), rows_BT[b : b + 4], np.full(4, 5, np.int32)) for b in range(0, 12, 4)]
+    p_BTV = scipy.special.softmax(np.concatenate(parts).astype(np.float64) / 0.8, axis=2)
+    both_VV = p_BTV[0, 3][:, None] * p_BTV[:, 4]  # first token, second token
+    classes_33 = both_VV.reshape(3, 4, 3, 4).sum(axis=(1, 3))
+    assert_drawn_from(np.bincount(pairs_B2 // 4 @ [3, 1], minlength=9), classes_33.reshape(9))

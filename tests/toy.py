@@ -1,0 +1,116 @@
+"""A run small enough for tests: documents "a 3." whose digit depends on the letter, and a policy that answers in the
+right form with a digit at random, so that groups disagree and there is something to learn."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rpt_jax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    PromptConfig,
+    SampleConfig,
+    UpdateConfig,
+)
+from rpt_jax.corpus import positions
+from rpt_jax.corpus.positions import Annotated, Positions
+from rpt_jax.corpus.prompts import load_template
+from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
+from rpt_jax.policy import decoder
+
+LETTERS = "abcdefgh"
+TEXTS = tuple(f"{letter} {(3 * i + 1) % 5}." for i, letter in enumerate(LETTERS))
+SYMBOLS = ("<predict>", "<think>", "</think>", "\\boxed{")
+TARGET = 2  # token of the digit: letter, space, digit, full stop
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    folder = Path(tempfile.mkdtemp())
+    texts = [*TEXTS, "{}01234 "]
+    return train_sentencepiece(texts, 24, folder, SYMBOLS, model_type="char", byte_fallback=False)
+
+
+def model(**options) -> ModelConfig:
+    shape = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_channels": 8, "hidden": 32}
+    return ModelConfig(vocab_size=32, **shape | options)  # 32: eight rows of padding, divides over devices
+
+
+@functools.cache
+def params():
+    """Made by hand, which compiles nothing: <think> </think> \\boxed{ digit } end, the digit at random.
+
+    The embedding is the identity and the head a table of what follows each token; the layers add little noise.
+    """
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(decoder.init, model()), jax.random.key(0))
+    tree = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+    tree = jax.tree.map_with_path(lambda path, x: np.ones_like(x) if path[-1].key == "scale" else x, tree)
+    id_of, end = tokenizer().id_of, tokenizer().end_of_text
+    follows_VV = np.zeros((32, 32), np.float32)
+    digits = [id_of(str(digit)) for digit in range(5)]
+    follows_VV[id_of("<think>"), id_of("</think>")] = 1
+    follows_VV[id_of("</think>"), id_of("\\boxed{")] = 1
+    follows_VV[id_of("\\boxed{"), digits] = 1
+    follows_VV[digits, id_of("}")] = 1
+    follows_VV[id_of("}"), end] = 1
+    return tree | {"embedding": np.eye(32, dtype=np.float32), "head": 2 * follows_VV}
+
+
+def annotate(folder: Path, texts=TEXTS) -> Path:
+    """An artefact in which the digit has entropy ln 5 and all else 0."""
+    documents = []
+    for number, text in enumerate(texts):
+        tokens_T = np.array(tokenizer().encode(text), np.int32)
+        entropies_T = np.where(np.arange(len(tokens_T)) == TARGET, np.log(5), 0.0).astype(np.float32)
+        entropies_T[0] = np.nan
+        argmaxes_T = np.full(len(tokens_T), tokens_T[-1], np.int32)
+        argmaxes_T[0] = -1
+        documents.append(Annotated(number, f"toy.txt:{number + 1}", tokens_T, entropies_T, argmaxes_T))
+    positions.write_header(folder, positions.make_header(tokenizer(), config(folder).positions, "toy"))
+    positions.write_annotated(folder, 0, documents)
+    return folder
+
+
+def config(folder: Path, **options) -> Config:
+    """Eight prompts of four rollouts a step; ends in `folder`."""
+    settings = {
+        "steps": 4,
+        "batch_size": 8,
+        "run_folder": str(folder),
+        "prompt": PromptConfig(template="bare", max_tokens=32, truth_bytes=8),
+        "sample": SampleConfig(group_size=4, temperature=1.0, max_tokens=8, tokens_per_call=8),
+        "update": UpdateConfig(learning_rate=3e-3, weight_decay=0.0, token_chunk=256),
+        "checkpoint": CheckpointConfig(every=2, keep=2),
+        "evaluate": EvaluateConfig(every=0),
+        "rollouts_logged": 2,
+    }
+    return Config(**settings | options)
+
+
+@functools.cache
+def annotated() -> positions.AnnotatedDocuments:
+    return positions.open_annotated(annotate(Path(tempfile.mkdtemp())), tokenizer())
+
+
+def targets(repeat: int = 1) -> Positions:
+    """The digits of all documents, each `repeat` times."""
+    numbers = np.tile(np.arange(len(TEXTS), dtype=np.int32), repeat)
+    return Positions(numbers, np.full_like(numbers, TARGET), np.full(len(numbers), np.log(5), np.float32))
+
+
+def arguments(**options) -> dict:
+    """What train takes beside the config."""
+    settings = {
+        "policy": (model(), params(), tokenizer()),
+        "annotated": annotated(),
+        "positions": targets(),
+        "template": load_template("bare"),
+        "report": lambda row: None,
+    }
+    return settings | options
