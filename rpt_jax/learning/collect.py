@@ -1,0 +1,241 @@
+"""Positions -> rewarded rollouts of one step, with dynamic sampling.
+
+In: the position stream, the policy. Out: N prompts, G rollouts each, their rewards, and what the step's metrics say of
+them. Paper: its training table, "dynamic sampling (drop groups that are all right or all wrong, refill)", which is
+DAPO's [arXiv 2503.14476, section 3.2]; how it refills is open.
+
+Every process holds the whole step on the host (prompts are short, rollouts are needed whole for the update), so rewards
+and choices are the same everywhere and a run resumes on any number of processes.
+
+Dynamic sampling here. Rounds of N prompts (always N, so that nothing is compiled anew) until N groups disagree or the
+rounds are used up; then groups that agree fill the batch, with advantage 0. Groups beyond N: their positions go into
+a queue that the next step draws from first. The queue holds positions and not rollouts, so that every update stays
+exactly on-policy; the price is that their rollouts are made again, by a policy for which they are likely to disagree.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config, ModelConfig
+from rpt_jax.corpus.positions import Position
+from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answers
+from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.learning.advantages import groups_agree
+from rpt_jax.learning.rewards import prefix_matching
+from rpt_jax.mesh import batch_sharding, place
+from rpt_jax.policy.proxy import padded_length
+from rpt_jax.policy.sampler import sample
+from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
+
+SHOWN_CONTEXT = 240  # bytes of context in rollouts.jsonl
+SHOWN_TRUTH = 60  # bytes of what really follows
+
+
+@dataclass(frozen=True)
+class Source:
+    """What stays the same from step to step."""
+
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    template: Template
+    documents: Mapping[int, np.ndarray] | Sequence[np.ndarray]  # [number] -> tokens
+    end_ids: tuple[int, ...]
+    mesh: Mesh
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Prompts with their rewarded rollouts, on the host; rows belong together."""
+
+    positions: tuple[Position, ...]  # N
+    prompts: Prompts
+    rollouts: Rollouts
+    answers: tuple[tuple[bytes | None, ...], ...]  # N rows of G
+    rewards_NG: np.ndarray
+
+
+def end_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the pieces that end a response, the tokenizer's end of text where none is named; raises InputError."""
+    if not pieces:
+        if tokenizer.end_of_text is None:
+            raise InputError("the tokenizer names no end of text: say what ends a response with --sample.end-tokens")
+        return (tokenizer.end_of_text,)
+    unknown = [piece for piece in pieces if tokenizer.id_of(piece) is None]
+    if unknown:
+        raise InputError(f"sample.end_tokens: the tokenizer has no token {unknown[0]!r}: name one of its pieces")
+    return tuple(tokenizer.id_of(piece) for piece in pieces)
+
+
+def collect(
+    source: Source, params: Params, stream: Iterator[Position], queue: Sequence[Position], step: int
+) -> tuple[Groups, tuple[Position, ...], dict]:
+    """(the step's N groups, queue for the next step, metrics) of step `step`, counted from 0.
+
+    Metrics tell of all rollouts sampled in the step, those of dropped groups too: reward, accuracy (share of rollouts
+    whose answer is right), format_rate (share with an answer), solved_share (of groups with a right answer),
+    zero_variance_share and of it all_right_share and all_wrong_share, length and length_max (tokens), unfinished_share
+    (stopped by the limit), sampled_prompts, sampled_rollouts, sampled_prompt_tokens, sampled_tokens, rounds, queued,
+    refilled (groups in the batch that agree although dynamic sampling is on), seconds of sampling and of rewarding.
+    """
+    dynamic = source.config.dynamic_sampling
+    is_dynamic = 0 <= dynamic.from_step <= step
+    key = jax.random.fold_in(jax.random.key(source.config.seed), step)
+    N = source.config.batch_size
+    rounds: list[Groups] = []
+    spent: list[tuple[float, float]] = []
+    kept: list[tuple[int, int]] = []  # (round, row)
+    dropped: list[tuple[int, int]] = []
+    while not rounds or (is_dynamic and len(kept) < N and len(rounds) <= dynamic.max_rounds):
+        positions, queue = draw(stream, queue, N)
+        made, seconds = roll(source, params, positions, key)
+        rounds.append(made)
+        spent.append(seconds)
+        agree_N = np.asarray(groups_agree(made.rewards_NG)) & is_dynamic
+        for row in range(N):
+            (dropped if agree_N[row] else kept).append((len(rounds) - 1, row))
+    surplus = tuple(rounds[r].positions[row] for r, row in kept[N:])
+    groups = take(rounds, (kept + dropped)[:N])
+    counts = {"rounds": len(rounds), "queued": len(queue) + len(surplus), "refilled": max(0, N - len(kept))}
+    seconds_sample, seconds_reward = map(sum, zip(*spent, strict=True))
+    timing = {"seconds_sample": seconds_sample, "seconds_reward": seconds_reward}
+    return groups, (*queue, *surplus), describe(rounds) | counts | timing
+
+
+def draw(
+    stream: Iterator[Position], queue: Sequence[Position], count: int
+) -> tuple[tuple[Position, ...], tuple[Position, ...]]:
+    """(count positions, the rest of the queue): the queue first, then the stream."""
+    first = tuple(queue[:count])
+    return first + tuple(next(stream) for _ in range(count - len(first))), tuple(queue[count:])
+
+
+def roll(
+    source: Source, params: Params, positions: tuple[Position, ...], key: Array
+) -> tuple[Groups, tuple[float, float]]:
+    """One round: prompts, G rollouts each, answers, rewards; and the seconds of sampling and of rewarding."""
+    config, tokenizer = source.config, source.tokenizer
+    start = time.perf_counter()
+    prompts = assemble(tokenizer, source.template, config.prompt, source.documents, positions)
+    prompts = prompts.replace(tokens_NT=_fit(prompts.tokens_NT, prompts.lengths_N))
+    read = {name: getattr(prompts, name) for name in ("tokens_NT", "lengths_N", "ids_N2")}  # what the sampler reads
+    on_mesh = prompts.replace(**place(read, batch_sharding(source.mesh)))
+    rollouts = sample(params, source.model, config.sample, on_mesh, key, source.end_ids)
+    sampled = time.perf_counter()
+    answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
+    rewards_NG = prefix_matching(answers, prompts)
+    seconds = sampled - start, time.perf_counter() - sampled
+    return Groups(positions, prompts, rollouts, tuple(map(tuple, answers)), rewards_NG), seconds
+
+
+def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
+    """The groups at (round, row), padded to one length of prompts and one of responses that few shapes share."""
+    T = max(part.prompts.tokens_NT.shape[1] for part in rounds)
+    longest = max(int(rounds[r].rollouts.lengths_NG[row].max()) for r, row in rows)
+
+    def gather(pick: Callable[[Groups], Array], width: int | None = None) -> np.ndarray:
+        lines = [np.asarray(pick(rounds[r])[row]) for r, row in rows]
+        return np.stack(lines if width is None else [_resize(line, width) for line in lines])
+
+    R = min(padded_length(longest), rounds[0].rollouts.tokens_NGR.shape[2])
+    prompts = Prompts(
+        **{name: gather(lambda part, name=name: getattr(part.prompts, name)) for name in _names(Prompts, "tokens_NT")},
+        tokens_NT=gather(lambda part: part.prompts.tokens_NT, T),
+    )
+    rollouts = Rollouts(
+        lengths_NG=gather(lambda part: part.rollouts.lengths_NG),
+        finished_NG=gather(lambda part: part.rollouts.finished_NG),
+        tokens_NGR=gather(lambda part: part.rollouts.tokens_NGR, R),
+        logprobs_NGR=gather(lambda part: part.rollouts.logprobs_NGR, R),
+    )
+    return Groups(
+        tuple(rounds[r].positions[row] for r, row in rows),
+        prompts,
+        rollouts,
+        tuple(rounds[r].answers[row] for r, row in rows),
+        gather(lambda part: part.rewards_NG),
+    )
+
+
+def describe(rounds: Sequence[Groups]) -> dict:
+    """Metrics of all groups sampled in a step; see collect."""
+    rewards_NG = np.concatenate([part.rewards_NG for part in rounds])
+    lengths_NG = np.concatenate([part.rollouts.lengths_NG for part in rounds])
+    finished_NG = np.concatenate([part.rollouts.finished_NG for part in rounds])
+    answered = [answer is not None for part in rounds for row in part.answers for answer in row]
+    agree_N = np.asarray(groups_agree(rewards_NG))
+    any_right_N = (rewards_NG > 0).any(axis=1)
+    return {
+        "reward": float(rewards_NG.mean()),
+        "accuracy": float((rewards_NG == 1).mean()),
+        "format_rate": float(np.mean(answered)),
+        "solved_share": float(any_right_N.mean()),
+        "zero_variance_share": float(agree_N.mean()),
+        "all_right_share": float((agree_N & any_right_N).mean()),
+        "all_wrong_share": float((agree_N & ~any_right_N).mean()),
+        "length": float(lengths_NG.mean()),
+        "length_max": int(lengths_NG.max()),
+        "unfinished_share": float(1 - finished_NG.mean()),
+        "sampled_prompts": len(rewards_NG),
+        "sampled_rollouts": rewards_NG.size,
+        "sampled_prompt_tokens": int(sum(part.prompts.lengths_N.sum() for part in rounds)),
+        "sampled_tokens": int(lengths_NG.sum()),
+    }
+
+
+def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dict]:
+    """Up to `count` rollouts of a step for people to read: evenly spread over prompts, members in turn.
+
+    context is the end of what stands before the position, truth its first token, continuation a little more of it.
+    Bytes that are no UTF-8 show as U+FFFD.
+    """
+    N, G = groups.rewards_NG.shape
+    for i in range(min(count, N * G)):
+        n, g = (i * N // count, i % G) if count <= N else divmod(i, G)
+        position, prompts, rollouts = groups.positions[n], groups.prompts, groups.rollouts
+        before = source.documents[position.document][max(0, position.index - SHOWN_CONTEXT) : position.index]
+        response = source.tokenizer.bytes_of(rollouts.tokens_NGR[n, g, : rollouts.lengths_NG[n, g]].tolist())
+        truth = prompts.truth_NX[n].tobytes()
+        first = int(np.argmax(prompts.boundaries_NX[n])) + 1
+        answer = groups.answers[n][g]
+        yield {
+            "step": step,
+            "document": position.document,
+            "index": position.index,
+            "entropy": position.entropy,
+            "member": g,
+            "context": _text(source.tokenizer.bytes_of(before.tolist())[-SHOWN_CONTEXT:]),
+            "thought": _text(response.rpartition(THOUGHT_END)[0] if THOUGHT_END in response else response),
+            "prediction": None if answer is None else _text(answer),
+            "truth": _text(truth[:first]),
+            "continuation": _text(truth[:SHOWN_TRUTH].rstrip(b"\0")),
+            "reward": float(groups.rewards_NG[n, g]),
+            "finished": bool(rollouts.finished_NG[n, g]),
+            "tokens": int(rollouts.lengths_NG[n, g]),
+        }
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", errors="replace")
+
+
+def _names(record, *without: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(record) if field.name not in without]
+
+
+def _fit(tokens_NT: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+    """Padded to one of few lengths."""
+    T = padded_length(int(lengths_N.max()))
+    return np.stack([_resize(tokens_T, T) for tokens_T in tokens_NT])
+
+
+def _resize(line: np.ndarray, width: int) -> np.ndarray:
+    """Last axis cut or padded with 0 to `width`."""
+    padding = [(0, 0)] * (line.ndim - 1) + [(0, max(0, width - line.shape[-1]))]
+    return np.pad(line[..., :width], padding)

@@ -1,0 +1,259 @@
+"""What a run writes: config.json first, then a row a step, at the end results.json.
+
+    config.json       the resolved config, commit, package versions, devices
+    tokenizer/        the policy's, so that the folder can be used as a policy
+    metrics.jsonl     one row a step; rollouts.jsonl a few rollouts of it; evaluations.jsonl a row an evaluation
+    checkpoints/      see checkpoints.py
+    tensorboard/      the numbers of metrics.jsonl and evaluations.jsonl; Weights & Biases gets the same where asked for
+    results.json      final figures
+
+Process 0 writes; the others call alike and write nothing.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tensorboardX import SummaryWriter
+
+from rpt_jax.config import Config, from_dict, to_dict
+from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.learning.checkpoints import read_json
+from rpt_jax.records import InputError
+
+STREAMS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
+PACKAGES = ("rpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+# A run continues with other values of these: they change no update beyond rounding.
+FREE = ("name", "run_folder", "mesh", "checkpoint", "evaluate", "rollouts_logged", "wandb")
+FREE_INSIDE = {"sample": ("tokens_per_call",), "update": ("microbatches", "token_chunk"), "model": ("remat",)}
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """An open run folder."""
+
+    folder: Path
+    tensorboard: SummaryWriter | None  # None in processes that write nothing
+    wandb: Any = None  # the run of Weights & Biases, if asked for
+
+
+@contextlib.contextmanager
+def open_run(config: Config, tokenizer: Tokenizer, start: int | None, identity: dict) -> Iterator[RunLog]:
+    """Writes config.json and cuts what was written here after the checkpoint at `start`; None: begins anew.
+
+    identity: facts about the inputs that a continued run has to share; see require_same_run.
+    """
+    folder = Path(config.run_folder)
+    if jax.process_index() != 0:
+        yield RunLog(folder, None)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    before = folder / "config.json"
+    name = None if start is None else read_json(before).get("id")
+    name = name or uuid.uuid4().hex[:8]
+    described = {"config": to_dict(config), "identity": identity, "id": name} | provenance()
+    write_json(before, described)
+    tokenizer.save(folder / "tokenizer")
+    (folder / "results.json").unlink(missing_ok=True)
+    for stream in STREAMS:
+        _cut(folder / stream, start)
+    if start is None:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if start is None else start + 1)
+    log = RunLog(folder, writer, _wandb(config, name))
+    try:
+        yield log
+    finally:
+        log.tensorboard.close()
+        if log.wandb:
+            log.wandb.finish()
+
+
+def provenance() -> dict:
+    """Commit (None outside a checkout), whether files differ from it, package versions, devices."""
+    here = Path(__file__).resolve().parent
+
+    def git(*command):
+        try:
+            done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in a foreign checkout
+    return {
+        "commit": (git("rev-parse", "HEAD") or None) if tracked else None,
+        "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")) if tracked else None,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+    }
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a run; raises InputError where the folder holds none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"no run in {str(folder)!r} (no config.json): give the folder that `rpt train` wrote")
+    return from_dict(Config, read_json(path, "config")["config"], str(path))
+
+
+def require_same_run(config: Config, identity: dict, start: int) -> None:
+    """Raises InputError, with both values, where the folder holds the checkpoints (newest: `start`) of another run.
+
+    What may differ: FREE, FREE_INSIDE, and `steps` where the schedule does not depend on it.
+    """
+    folder = Path(config.run_folder)
+    there = read_json(folder / "config.json", "config", "identity")
+    old, new = _bound(there["config"]), _bound(to_dict(config))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise InputError(
+                f"{folder} holds a run with {name}={old.get(name)!r}, this one has {new.get(name)!r}: choose another "
+                "--run-folder, or give the same settings to continue it"
+            )
+    for name in identity:
+        if there["identity"].get(name) != identity[name]:
+            raise InputError(
+                f"{folder} holds a run with another {name.replace('_', ' ')} ({there['identity'].get(name)}, now "
+                f"{identity[name]}): choose another --run-folder, or give the same to continue it"
+            )
+    if start > config.steps:
+        raise InputError(
+            f"{folder} has made {start} updates already, steps={config.steps}: choose another --run-folder"
+        )
+
+
+def write_step(log: RunLog, row: dict, rollouts: list[dict]) -> None:
+    """Appends the row of a step, {"step": updates made, ...}, and the rollouts shown of it."""
+    if log.tensorboard is None:
+        return
+    _append(log.folder / "metrics.jsonl", [row])
+    _append(log.folder / "rollouts.jsonl", rollouts)
+    _write_scalars(log, row, row["step"])
+
+
+def write_evaluation(log: RunLog, row: dict) -> None:
+    """Appends the row of an evaluation, {"step": updates made, ...}, which may be nested."""
+    if log.tensorboard is None:
+        return
+    _append(log.folder / "evaluations.jsonl", [row])
+    _write_scalars(log, {f"evaluate/{name}": value for name, value in flat(row).items()}, row["step"])
+
+
+def last_evaluation(log: RunLog) -> int:
+    """Updates made at the last evaluation on disk, -1 for none; the same answer in every process."""
+    rows = read_rows(log.folder / "evaluations.jsonl") if log.tensorboard else []
+    last = rows[-1]["step"] if rows else -1
+    if jax.process_count() > 1:
+        last = int(multihost_utils.broadcast_one_to_all(np.array(last)))
+    return last
+
+
+def write_results(log: RunLog, config: Config) -> dict:
+    """Writes results.json from the rows on disk and returns it, in process 0 only."""
+    if log.tensorboard is None:
+        return {}
+    rows, evaluations = (read_rows(log.folder / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+    results = {
+        "name": config.name,
+        "steps": config.steps,
+        "seconds": sum(row["seconds"] for row in rows),
+        "last_step": rows[-1] if rows else {},
+        "evaluation": evaluations[-1] if evaluations else {},
+        "evaluations": evaluations,
+    }
+    write_json(log.folder / "results.json", results)
+    return results
+
+
+def read_results(folder: Path) -> dict:
+    """What write_results wrote; {} in processes other than 0, which may not see the folder."""
+    return read_json(Path(folder) / "results.json") if jax.process_index() == 0 else {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file whole or not at all."""
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file; a last line that a crash cut short is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is no whole row
+
+
+def flat(row: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by "/"."""
+    out = {}
+    for name, value in row.items():
+        out |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+def require_wandb(config: Config) -> None:
+    """Raises InputError if Weights & Biases is asked for and not installed."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            "wandb=True, but Weights & Biases is not installed: pip install 'rpt_jax[wandb]', or --no-wandb"
+        )
+
+
+def _wandb(config, name):
+    if not config.wandb:
+        return None
+    import wandb
+
+    return wandb.init(
+        project="rpt_jax", name=config.name, id=name, resume="allow", dir=config.run_folder, config=to_dict(config)
+    )
+
+
+def _write_scalars(log, row, step):
+    numbers = {k: v for k, v in flat(row).items() if isinstance(v, (int, float)) and k.split("/")[-1] != "step"}
+    for name, value in numbers.items():
+        log.tensorboard.add_scalar(name, value, step)
+    if log.wandb:
+        log.wandb.log(numbers, step=step)
+
+
+def _bound(values: dict) -> dict:
+    """The settings, flat, that a continued run has to share."""
+    kept = {name: value for name, value in values.items() if name not in FREE}
+    for name, inside in FREE_INSIDE.items():
+        kept[name] = {key: value for key, value in kept[name].items() if key not in inside}
+    if values["update"]["schedule"] == "constant":
+        del kept["steps"]
+    return json.loads(json.dumps(flat(kept)))  # tuples as lists, as they come back from disk
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _cut(path: Path, step: int | None) -> None:
+    """Keeps the rows up to `step` updates; None: none."""
+    if path.is_file():
+        rows = [] if step is None else [row for row in read_rows(path) if row["step"] <= step]
+        _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

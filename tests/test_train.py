@@ -1,0 +1,308 @@
+"""Claims: the loop learns; a run that was broken off and continued is the run that was not, to the bit; several devices
+give what one gives; signals and figures that are not finite leave a whole checkpoint; bad input stops before anything
+is written."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
+from rpt_jax.corpus.prompts import Template
+from rpt_jax.learning import checkpoints, collect, run_folder, train
+from rpt_jax.learning.update import init_state, make_optimizer
+from rpt_jax.mesh import make_mesh
+from rpt_jax.policy import flops
+from rpt_jax.records import InputError
+
+STEPS = 24  # the same in all runs, so that they share what is compiled
+TIMES = ("seconds", "tokens_per_second")  # what differs from run to run, or ends so
+
+
+def settings(folder, **options):
+    """Dynamic sampling acts from step 3 on, in at most one more round; groups that agree are common."""
+    changes = {
+        "seed": 3,
+        "steps": STEPS,
+        "sample": SampleConfig(group_size=8, temperature=1.0, max_tokens=8, tokens_per_call=8),
+        "dynamic_sampling": DynamicSamplingConfig(from_step=3, max_rounds=1),
+        "checkpoint": CheckpointConfig(every=8, keep=2),
+        "evaluate": EvaluateConfig(every=12),
+    }
+    return toy.config(folder, **changes | options)
+
+
+def mesh_of(*shape):
+    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+
+
+def run(config, mesh=None, **options):
+    return train.train(config, **toy.arguments(mesh=mesh or mesh_of(1, 1, 1), **{"evaluate": evaluate} | options))
+
+
+def evaluate(params, step):
+    return {"weight": float(params["head"].sum())}
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    rows = run_folder.read_rows(Path(folder) / name)
+    return [{k: v for k, v in row.items() if not k.startswith("seconds") and not k.endswith(TIMES)} for row in rows]
+
+
+def assert_same_run(a, b, steps=STEPS):
+    """Every row of two run folders up to a step, to the bit."""
+    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+        assert rows_of(a, name) == [row for row in rows_of(b, name) if row["step"] <= steps], name
+
+
+def assert_same_state(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@functools.cache
+def finished():
+    """(run folder, last state) of a run that nothing disturbed."""
+    folder = Path(tempfile.mkdtemp()) / "run"
+    return folder, run(settings(folder))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    """A report that ends the run as a crash would, before the checkpoint of that step."""
+
+    def report(row):
+        if row["step"] == step:
+            raise Stop
+
+    return report
+
+
+def test_the_loop_learns():
+    """Random digits in the right form would earn 0.2: it has begun to learn which digit follows which letter."""
+    rewards = [row["reward"] for row in rows_of(finished()[0])]
+    assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-3:]) > 0.35
+    assert max(row["mismatch_max"] for row in rows_of(finished()[0])) < 1e-4
+
+
+def test_the_run_folder_holds_what_the_run_was():
+    folder, state = finished()
+    assert int(state.step) == STEPS
+    assert run_folder.read_config(folder) == dataclasses.replace(settings(folder), model=toy.model())
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows_of(folder, "rollouts.jsonl")] == [1 + i // 2 for i in range(2 * STEPS)]
+    assert [row["step"] for row in rows_of(folder, "evaluations.jsonl")] == [0, 12, 24]
+    assert rows_of(folder, "evaluations.jsonl")[-1]["weight"] == evaluate(state.params, STEPS)["weight"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["16", "24"]
+    assert json.loads((folder / "results.json").read_text())["last_step"]["reward"] == rows[-1]["reward"]
+    assert any(row["prediction"] == row["truth"] and row["reward"] == 1 for row in rows_of(folder, "rollouts.jsonl"))
+
+
+def test_dynamic_sampling_acts_from_its_step_on():
+    rows = rows_of(finished()[0])
+    assert all(row["rounds"] == 1 and row["queued"] == 0 for row in rows[:3])
+    assert any(row["zero_variance_share"] > 0 for row in rows[:3])
+    assert {row["rounds"] for row in rows[3:]} == {1, 2} and any(row["queued"] for row in rows[3:])
+    for row in rows[3:]:
+        assert (row["rounds"] == 1) == (row["zero_variance_share"] == 0), row["step"]
+        disagree = round((1 - row["zero_variance_share"]) * row["sampled_prompts"])
+        assert row["refilled"] == max(0, 8 - disagree)
+
+
+@pytest.mark.parametrize("step", [5, 19])
+def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path, step):
+    """Broken off before the first checkpoint, and between two of them with positions queued."""
+    folder, state = finished()
+    with pytest.raises(Stop):
+        run(settings(tmp_path), report=stop_at(step))
+    assert checkpoints.newest_step(tmp_path / "checkpoints") == (16 if step == 19 else None)
+    assert_same_state(run(settings(tmp_path)), state)
+    assert_same_run(tmp_path, folder)
+
+
+def test_the_queue_was_not_empty_where_the_run_continued():
+    """Otherwise the law above would say nothing of it."""
+    assert rows_of(finished()[0])[15]["queued"] > 0
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    def never(*args):
+        pytest.fail("ran again")
+
+    folder, state = finished()
+    assert_same_state(run(settings(folder), evaluate=never, report=never), state)
+    assert (folder / "results.json").is_file()
+
+
+def test_flops_are_those_of_all_rounds_and_of_the_batch():
+    """By hand for a step of two rounds: every prompt has 4 tokens."""
+    row = next(row for row in rows_of(finished()[0]) if row["rounds"] == 2)
+    model, tokens = toy.model(), row["response_tokens"]
+    assert (row["sampled_prompts"], row["sampled_rollouts"], row["sampled_prompt_tokens"]) == (16, 128, 64)
+    assert row["flops_sample"] == flops.sampling(model, 16, 64, 128, row["sampled_tokens"])
+    assert row["flops_update"] == flops.update(model, 8, 32, 64, tokens) and tokens < row["sampled_tokens"]
+
+
+def test_another_seed_is_another_run(tmp_path):
+    with pytest.raises(Stop):
+        run(settings(tmp_path, seed=1), report=stop_at(2))
+    assert rows_of(tmp_path, "rollouts.jsonl") != rows_of(finished()[0], "rollouts.jsonl")[:4]
+
+
+def told_in(phase, monkeypatch):
+    """Makes SIGTERM come at the second evaluation, in the middle of step 14's sampling, or in its update."""
+    calls = []
+
+    def telling(function, at):
+        def told(*args, **options):
+            calls.append(None)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*args, **options)
+
+        return told
+
+    if phase == "evaluate":
+        return {"evaluate": telling(evaluate, 2)}
+    module, name = {"sample": (collect, "parse_answers"), "update": (train, "train_step")}[phase]
+    at = 14 if phase == "update" else 14 + sum(row["rounds"] - 1 for row in rows_of(finished()[0])[:13])
+    monkeypatch.setattr(module, name, telling(getattr(module, name), at))
+    return {}
+
+
+@pytest.mark.parametrize(("phase", "step"), [("evaluate", 12), ("sample", 13), ("update", 14)])
+def test_sigterm_saves_and_exits_and_the_run_continues_exactly(tmp_path, phase, step):
+    folder, _ = finished()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        run(settings(tmp_path), **told_in(phase, patch))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoints.newest_step(tmp_path / "checkpoints") == step
+    with pytest.raises(Stop):
+        run(settings(tmp_path), report=stop_at(16))
+    assert_same_run(tmp_path, folder, 16)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+
+        def poisoned(rewards_NG, kind, epsilon):
+            calls.append(None)
+            return np.full_like(rewards_NG, np.nan if len(calls) == 13 else 0.0) + advantages(rewards_NG, kind, epsilon)
+
+        advantages = train.group_advantages
+        patch.setattr(train, "group_advantages", poisoned)
+        with pytest.raises(FloatingPointError, match="step 13: loss nan"):
+            run(settings(tmp_path))
+    assert checkpoints.newest_step(tmp_path / "checkpoints") == 8
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 13))
+    with pytest.raises(Stop):
+        run(settings(tmp_path), report=stop_at(14))
+    assert_same_run(tmp_path, finished()[0], 14)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2)])
+def test_eight_devices_give_what_one_gives(tmp_path, shape):
+    """Up to rounding, and one device continues what eight began."""
+    rows = rows_of(finished()[0])
+    config = settings(tmp_path, checkpoint=CheckpointConfig(every=2))
+    with pytest.raises(Stop):
+        run(config, mesh_of(*shape), report=stop_at(3))
+    assert_close(rows_of(tmp_path), rows[:3])
+    with pytest.raises(Stop):
+        run(config, report=stop_at(4))
+    assert_close(rows_of(tmp_path), rows[:4])
+    texts = rows_of(tmp_path, "rollouts.jsonl")
+    assert texts == rows_of(finished()[0], "rollouts.jsonl")[: len(texts)]
+
+
+def assert_close(rows, expected):
+    assert len(rows) == len(expected)
+    for row, there in zip(rows, expected, strict=True):
+        assert row.keys() == there.keys()
+        for name, value in row.items():
+            np.testing.assert_allclose(value, there[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_policy_of_a_run_is_its_newest_checkpoint(tmp_path):
+    folder, state = finished()
+    model, params, tokenizer = checkpoints.load_policy(folder)
+    assert model == toy.model() and tokenizer.fingerprint == toy.tokenizer().fingerprint
+    assert_same_state(params, state.params)
+
+
+def test_kl_is_to_the_starting_policy(tmp_path, monkeypatch):
+    """Also in a run that continues: its log-probs are those that the starting policy sampled with in step 1."""
+
+    def capture(state, batch, temperature, limit, reference_NGR, **options):
+        captured.append((batch, reference_NGR))
+        raise Stop
+
+    captured = []
+    monkeypatch.setattr(train, "train_step", capture)
+    for start in (0, 2):
+        config = settings(tmp_path / str(start))
+        config = dataclasses.replace(config, update=dataclasses.replace(config.update, kl_coefficient=0.1))
+        if start:
+            shutil.copytree(tmp_path / "0", tmp_path / "2")
+            with contextlib.closing(checkpoints.open_checkpoints(tmp_path / "2" / "checkpoints", 2)) as manager:
+                state = init_state(jax.tree.map(lambda x: 1.1 * x, toy.params()), make_optimizer(config.update, STEPS))
+                stream = {"next_index": 0}
+                checkpoints.save(manager, start, state, {"stream": stream, "queue": []})
+        with pytest.raises(Stop):
+            run(config)
+    (first, reference_NGR), (second, second_NGR) = captured
+    np.testing.assert_allclose(reference_NGR, first.logprobs_NGR, atol=1e-4)
+    assert np.abs(np.asarray(second_NGR) - second.logprobs_NGR).max() > 0.01
+
+
+BAD = [
+    ({"batch_size": 9}, {"mesh": (8, 1, 1)}, "batch of 9 prompts does not divide over data=8 devices: use 8 or 16"),
+    ({"batch_size": 16}, {}, "8 positions are fewer than batch_size=16"),
+    ({"sample": SampleConfig(group_size=1)}, {}, "sample.group_size=1"),
+    ({"sample": SampleConfig(temperature=0)}, {}, "sample.temperature=0"),
+    ({"sample": SampleConfig(end_tokens=("<eot>",))}, {}, "no token '<eot>'"),
+    ({"checkpoint": CheckpointConfig(every=0)}, {}, "checkpoint.every=0"),
+    ({"steps": 0}, {}, "steps=0"),
+    ({}, {"template": Template("mine", head="Weiter: ")}, "cannot represent 'W'"),
+    ({"prompt": dataclasses.replace(toy.config("x").prompt, max_tokens=2)}, {}, "prompt.max_tokens=2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), BAD)
+def test_bad_input_stops_before_anything_is_written(tmp_path, changes, options, message):
+    options = options | ({"mesh": mesh_of(*options["mesh"])} if "mesh" in options else {})
+    with pytest.raises(InputError, match=message):
+        run(settings(tmp_path / "run", **changes), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
+    config = settings(tmp_path / "run")
+    config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=2))
+    with pytest.raises(
+        InputError, match="batch of 4 prompts in each of update.microbatches=2 does not divide .* use 8"
+    ):
+        run(config, mesh_of(8, 1, 1))
+
+
+def test_numerics_are_the_runs_and_the_shape_is_the_policys():
+    model = toy.model()
+    asked = dataclasses.replace(train.ModelConfig(), dtype="bfloat16", remat="layer")
+    assert train.with_numerics(asked, model) == dataclasses.replace(model, dtype="bfloat16", remat="layer")
+    assert train.with_numerics(model, model) == model
+    with pytest.raises(InputError, match="model.width=48, but the policy has 32"):
+        train.with_numerics(dataclasses.replace(asked, width=48), model)
