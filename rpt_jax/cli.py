@@ -1,0 +1,134 @@
+"""The command line: `rpt COMMAND`. Settings come from the dataclasses, so no flag is written by hand.
+
+What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
+that is not finite, 2 input that cannot be used, 128 + signal when told to stop (all saved).
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+import rpt_jax
+
+# In the order in which a newcomer needs them: name, what it takes first, what it does.
+COMMANDS = (
+    ("quickstart", "", "see the whole method on generated text, in minutes, with honest controls"),
+    ("pretrain", "", "text files -> a base policy: tokenizer and decoder from scratch"),
+    ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
+    ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
+    ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+)
+USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
+HINTS = """
+  rpt COMMAND --help   all settings of a command
+  rpt COMMAND --json   one JSON object as the last line
+  rpt --version
+
+Start with `rpt quickstart`. Experiments to start from are in experiments/.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] in ("--version", "-V"):
+        print(f"rpt_jax {rpt_jax.__version__}")
+        return 0
+    if argv[0] not in [name for name, _, _ in COMMANDS]:
+        print(f"rpt: no command {argv[0]!r}\n\n{overview()}", file=sys.stderr)
+        return 2
+    from rpt_jax.records import InputError
+
+    _log_to_stderr()
+    as_json = "--json" in argv
+    try:
+        figures = run(argv[0], [word for word in argv[1:] if word != "--json"])
+    except InputError as error:
+        print(f"rpt: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"rpt: {error}", file=sys.stderr)
+        return 1
+    if as_json or argv[0] != "quickstart":  # which has shown its own
+        show(figures, as_json)
+    return 0
+
+
+def overview() -> str:
+    """The commands on one screen."""
+    width = max(len(f"{name} {takes}") for name, takes, _ in COMMANDS)
+    lines = [f"  {f'{name} {takes}':{width}}  {does}" for name, takes, does in COMMANDS]
+    return "\n".join([USAGE, *lines, HINTS])
+
+
+def run(command: str, words: list[str]) -> dict:
+    """Reads the settings of a command and runs it; returns its figures."""
+    from rpt_jax import commands, config
+
+    takes = next(takes for name, takes, _ in COMMANDS if name == command)
+    given = words.pop(0) if takes and words and not words[0].startswith("-") else ""
+    if command == "quickstart":
+        from rpt_jax.study import quickstart
+
+        return quickstart.main(parse(command, quickstart.QuickstartConfig(), words))
+    if command == "pretrain":
+        return commands.run_pretrain(parse(command, commands.PretrainRun(), words))
+    if command == "annotate":
+        start = commands.part_of(commands.AnnotateRun, config.load_experiment(given)) if given else None
+        return commands.run_annotate(parse(command, start or commands.AnnotateRun(), words))
+    if command == "train":
+        return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
+    start = commands.settings_of(given) if given else commands.EvaluateRun()
+    return commands.run_evaluate(parse(command, start, words))
+
+
+def parse(command: str, default, words: list[str]):
+    """The dataclass of `default` with what the flags change; --help lists all of them, in groups."""
+    import tyro
+
+    _, takes, does = next(row for row in COMMANDS if row[0] == command)
+    text = f"{does[0].upper()}{does[1:]}.\n\n{type(default).__doc__}"
+    if takes:
+        text += f"\n\nUsage: rpt {command} {takes} [options]. What comes first sets the defaults that are shown here."
+    return tyro.cli(type(default), prog=f"rpt {command}", description=text, default=default, args=words, add_help=True)
+
+
+def show(figures: dict, as_json: bool) -> None:
+    """Figures on stdout, in process 0: JSON on one line, or for people, as a table where they are one."""
+    import jax
+
+    if jax.process_index() != 0:
+        return
+    if as_json:
+        print(json.dumps(figures))
+        return
+    columns = {name: None for row in figures.values() if isinstance(row, dict) for name in row}
+    if not figures or not all(isinstance(row, dict) for row in figures.values()):
+        print(json.dumps(figures, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [name for name in columns if not any(isinstance(row.get(name), dict) for row in figures.values())]
+    table = Table("", *(name.replace("_", " ") for name in shown), box=None)
+    for split, row in figures.items():
+        table.add_row(split, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in map(row.get, shown)))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("rpt_jax")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""What `rpt pretrain`, `annotate`, `train` and `evaluate` do: settings in, files and figures out.
+
+Each takes a frozen dataclass, which the command line fills (cli.py), and returns what its --json prints. Together they
+are the method on anyone's text: a base, the positions worth thinking about, RPT, and what it gained.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+from jax.sharding import Mesh
+
+from rpt_jax import mesh as meshes
+from rpt_jax.config import (
+    Config,
+    CorpusConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    PositionConfig,
+    PretrainConfig,
+    PromptConfig,
+    SampleConfig,
+    to_dict,
+)
+from rpt_jax.corpus.documents import Corpus, open_corpus
+from rpt_jax.corpus.positions import DIFFICULTIES, all_positions, difficulty_splits, open_annotated
+from rpt_jax.corpus.prompts import load_template
+from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.learning import run_folder, train
+from rpt_jax.learning.checkpoints import check_tokenizer, load_policy, require_policy_folder, save_policy
+from rpt_jax.learning.collect import end_ids
+from rpt_jax.learning.pretrain import plain, pretrain, running_batches
+from rpt_jax.policy import decoder, proxy
+from rpt_jax.records import InputError, Params
+from rpt_jax.study import evaluate as study
+
+log = logging.getLogger(__name__)
+
+MARKS = ("<predict>", "<think>", "</think>")  # pieces of their own, no text: never a candidate for the next token
+AS_BYTES = SimpleNamespace(represents_all=True, longest_token=1, encode=str.encode)  # in place of a tokenizer to come
+
+
+@dataclass(frozen=True)
+class PretrainRun:
+    """A base policy from text: SentencePiece and a decoder, by next-token prediction."""
+
+    output: str = "runs/base"  # policy folder to write
+    vocab_size: int = 4096  # pieces of SentencePiece, where corpus.tokenizer names no tokenizer
+    seed: int = 0  # the same in annotate and train, so that they hold out the same documents
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)  # vocab_size is the tokenizer's
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True)
+class AnnotateRun:
+    """Entropy and arg-max of every token under a proxy policy; where the positions to learn from come from."""
+
+    policy: str = ""  # the proxy: a policy folder, or a run folder
+    seed: int = 0  # of the split that corpus.holdout makes
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)  # its tokenizer may be left out: the proxy's
+    positions: PositionConfig = field(default_factory=PositionConfig)  # .annotated: folder for the training documents
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # .annotated: folder for those held out
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True)
+class EvaluateRun:
+    """Next-token accuracy on held-out positions, by difficulty, as arg-max and by reasoning."""
+
+    policy: str = ""  # a policy folder, or a run folder: its newest checkpoint
+    seed: int = 0  # of the choice of positions and of the rollouts
+    results: str = ""  # JSON file to write; empty: none
+    positions: PositionConfig = field(default_factory=PositionConfig)  # only minimum_context is read
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)  # group size and temperature are evaluate's
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def part_of(kind: type, config: Config):
+    """The settings of an experiment that a command shares, by name."""
+    names = {each.name for each in fields(Config)} & {each.name for each in fields(kind)}
+    return kind(**{name: getattr(config, name) for name in names})
+
+
+def settings_of(folder: str) -> EvaluateRun:
+    """What a run folder was trained with; for a policy folder the defaults."""
+    if (Path(folder) / "config.json").is_file():
+        return replace(part_of(EvaluateRun, run_folder.read_config(folder)), policy=folder)
+    return EvaluateRun(policy=folder)
+
+
+def run_pretrain(config: PretrainRun) -> dict:
+    """Trains tokenizer and decoder and writes a policy folder; documents held out are not touched."""
+    meshes.start_distributed(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_batch_divides(config.pretrain.batch_size, mesh, "sequences (pretrain.batch_size)")
+    require_policy_folder(config.output)
+    tokenizer, corpus = _read_corpus(config)
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    model.check()
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    examples = [plain([*tokenizer.encode(corpus.documents[i].text), *end]) for i in corpus.train]
+    log.info("%d documents, %d tokens", len(examples), sum(len(tokens) for tokens, _ in examples))
+    settings, began, losses = config.pretrain, time.perf_counter(), []
+
+    def report(step, metrics):
+        losses.append(metrics["loss"])
+        log.info("step %d/%d  loss %.3f", step, settings.steps, metrics["loss"])
+
+    params = pretrain(
+        _init(model, config.seed, mesh),
+        model,
+        settings,
+        running_batches(examples, settings.batch_size, settings.sequence_length, config.seed),
+        report,
+        place=lambda batch: meshes.place(batch, meshes.batch_sharding(mesh)),
+    )
+    params = meshes.to_host(params)
+    figures = {
+        "policy": config.output,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "vocab_size": tokenizer.vocab_size,
+        "loss": losses[-1],
+        "seconds": time.perf_counter() - began,
+    }
+    if jax.process_index() == 0:
+        made_by = {"made_by": "rpt pretrain", "settings": to_dict(config), "figures": figures}
+        save_policy(config.output, model, params, tokenizer, made_by | run_folder.provenance())
+    return figures
+
+
+def run_annotate(config: AnnotateRun) -> dict:
+    """Annotates the training documents and, where a folder is named for them, those held out."""
+    if not config.positions.annotated:
+        raise InputError("positions.annotated is empty: name the folder to write, --positions.annotated FOLDER")
+    if config.evaluate.annotated and not config.corpus.holdout:
+        raise InputError(
+            f"evaluate.annotated={config.evaluate.annotated!r}, but corpus.holdout=0 holds no documents out: set how "
+            "many (paper: 200)"
+        )
+    meshes.start_distributed(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
+    model, params, tokenizer = load_policy(config.policy, mesh)
+    _require_same_tokenizer(config.corpus, tokenizer)
+    corpus = open_corpus(config.corpus, tokenizer, config.seed)
+    parts = {"train": (corpus.train, config.positions.annotated)}
+    if config.evaluate.annotated:
+        parts["holdout"] = (corpus.holdout, config.evaluate.annotated)
+    figures = {"skipped_records": len(corpus.skipped)}
+    for part, (indexes, folder) in parts.items():
+        began = time.perf_counter()
+        proxy.annotate(
+            params,
+            model,
+            tokenizer,
+            proxy.TokenSource(corpus.documents, indexes, tokenizer),
+            folder,
+            config.positions,
+            proxy=config.policy,
+            banned_ids=marks(tokenizer),
+            mesh=mesh,
+            progress=_progress(f"{part} documents annotated"),
+        )
+        figures[part] = _describe(folder, tokenizer, config.positions) | {"seconds": time.perf_counter() - began}
+    return figures
+
+
+def run_train(config: Config) -> dict:
+    """RPT; evaluates along the way where config.evaluate.annotated names held-out documents."""
+    meshes.start_distributed(config.mesh)
+    train.run(config, held_out_evaluation if config.evaluate.annotated else None)
+    return run_folder.read_results(config.run_folder)
+
+
+def run_evaluate(config: EvaluateRun) -> dict:
+    """Figures of each split; see study/evaluate.py."""
+    meshes.start_distributed(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_batch_divides(config.evaluate.batch_size, mesh, "positions (evaluate.batch_size)")
+    model, params, tokenizer = load_policy(config.policy, mesh)
+    figures = _evaluation(config, model, tokenizer, mesh)(params)
+    if config.results and jax.process_index() == 0:
+        run_folder.write_json(Path(config.results), figures)
+    return figures
+
+
+def held_out_evaluation(inputs: train.Inputs) -> train.Evaluate:
+    """What train calls: the figures of run_evaluate for the parameters of the moment."""
+    model, _, tokenizer = inputs.policy
+    meshes.check_batch_divides(inputs.config.evaluate.batch_size, inputs.mesh, "positions (evaluate.batch_size)")
+    evaluation = _evaluation(part_of(EvaluateRun, inputs.config), model, tokenizer, inputs.mesh)
+    return lambda params, step: evaluation(params)
+
+
+def marks(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the MARKS that the tokenizer has."""
+    return tuple(i for i in map(tokenizer.id_of, MARKS) if i is not None)
+
+
+def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh):
+    """params -> figures; opens and checks everything before."""
+    if not config.evaluate.annotated:
+        raise InputError(
+            "evaluate.annotated is empty: name the folder of held-out documents that `rpt annotate` has written"
+        )
+    annotated = open_annotated(config.evaluate.annotated, tokenizer)
+    splits = difficulty_splits(annotated, config.positions)
+    template = load_template(config.prompt.template, config.prompt.chat)
+    ends = end_ids(tokenizer, config.sample.end_tokens)
+
+    def evaluation(params: Params) -> dict:
+        return study.evaluate(
+            params,
+            model,
+            tokenizer,
+            template,
+            annotated.documents,
+            splits,
+            prompt=config.prompt,
+            sample=config.sample,
+            config=config.evaluate,
+            seed=config.seed,
+            end_ids=ends,
+            banned_ids=marks(tokenizer),
+            mesh=mesh,
+            progress=_progress("batches evaluated"),
+        ).summary()
+
+    return evaluation
+
+
+def _read_corpus(config: PretrainRun) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer, trained where none is named (on documents that are not held out), and the corpus under it."""
+    if config.corpus.tokenizer:
+        tokenizer = load_tokenizer(config.corpus.tokenizer)
+    else:
+        first = open_corpus(config.corpus, AS_BYTES, config.seed)
+        texts = (first.documents[i].text for i in first.train)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = train_sentencepiece(texts, config.vocab_size, folder, (*MARKS, "\\boxed{"))
+        log.info("trained a tokenizer of %d pieces", tokenizer.vocab_size)
+    return tokenizer, open_corpus(config.corpus, tokenizer, config.seed)
+
+
+def _require_same_tokenizer(corpus: CorpusConfig, tokenizer: Tokenizer) -> None:
+    if corpus.tokenizer:
+        given = load_tokenizer(corpus.tokenizer)
+        check_tokenizer(given, tokenizer.vocab_size, tokenizer.fingerprint, corpus.tokenizer)
+
+
+def _init(model: ModelConfig, seed: int, mesh: Mesh) -> Params:
+    params = jax.jit(decoder.init, static_argnums=0)(model, jax.random.key(seed))
+    return meshes.place(params, meshes.param_shardings(mesh, decoder.logical_axes(model), params))
+
+
+def _describe(folder: str, tokenizer: Tokenizer, config: PositionConfig) -> dict:
+    """Counts of an artefact: documents, positions, and of them those above each threshold."""
+    annotated = open_annotated(folder, tokenizer)
+    entropies = all_positions(annotated, config.minimum_context).entropies
+    above = {name: int((entropies > entropy).sum()) for name, entropy in DIFFICULTIES.items()}
+    return {"folder": str(folder), "documents": len(annotated), "positions": len(entropies)} | above
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """Logs how far something is, every ten seconds at the most."""
+    last, said = time.monotonic(), -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal last, said
+        if done != said and (done == total or time.monotonic() - last > 10):
+            last, said = time.monotonic(), done
+            log.info("%d of %d %s", done, total, what)
+
+    return report

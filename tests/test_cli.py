@@ -1,0 +1,179 @@
+"""Claims: help comes at once and in order; bad input ends with status 2, one message and no traceback; a figure that is
+not finite ends with 1; from text to an evaluated policy by commands alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import toy
+
+from rpt_jax import cli, commands
+from rpt_jax.learning.checkpoints import save_policy
+
+
+def run(capsys, *words):
+    """(status, stdout, stderr) of a command in this process."""
+    status = cli.main([str(word) for word in words])
+    return status, *capsys.readouterr()
+
+
+def test_the_overview_is_one_screen_in_order(capsys):
+    status, output, _ = run(capsys, "--help")
+    assert status == 0 and len(output.splitlines()) <= 24
+    assert max(map(len, output.splitlines())) <= 100
+    places = [output.index(f"\n  {name}") for name in ("quickstart", "pretrain", "annotate", "train", "evaluate")]
+    assert places == sorted(places)
+
+
+def test_version_and_unknown_commands(capsys):
+    assert run(capsys, "--version")[:2] == (0, "rpt_jax 0.1.0\n")
+    status, output, message = run(capsys, "trian")
+    assert status == 2 and output == "" and message.startswith("rpt: no command 'trian'") and "  train" in message
+    assert run(capsys)[0] == 2
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "print([name for name in ('jax', 'numpy', 'tyro') if name in sys.modules])"
+    code = f"import sys; from rpt_jax import cli; cli.main(['--help']); {heavy}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", [name for name, _, _ in cli.COMMANDS])
+def test_every_command_lists_its_settings(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    output = capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: rpt {command}" in output and "--seed INT" in output
+
+
+def test_bad_input_through_the_real_command(tmp_path):
+    """Status 2, one line that names the file and the remedy, nothing on stdout, nothing written."""
+    command = [
+        sys.executable,
+        "-m",
+        "rpt_jax.cli",
+        "train",
+        "--policy",
+        tmp_path / "none",
+        "--run-folder",
+        tmp_path / "run",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"rpt: no policy in '{tmp_path}/none': give a folder with policy.json (`rpt pretrain` makes one) or the folder "
+        "of a run that has saved a checkpoint\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--learning-rate", "1"])
+    assert ended.value.code == 2 and "--update.learning-rate" in capsys.readouterr().err
+
+
+def test_a_figure_that_is_not_finite_ends_with_status_1(capsys, monkeypatch):
+    def diverge(config):
+        raise FloatingPointError("step 7: loss nan")
+
+    monkeypatch.setattr(commands, "run_train", diverge)
+    assert run(capsys, "train") == (1, "", "rpt: step 7: loss nan\n")
+
+
+def test_experiments_give_the_defaults_and_flags_change_them(capsys, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from rpt_jax.config import Config, UpdateConfig\n"
+        "def config():\n"
+        "    return Config(name='mine', steps=7, update=UpdateConfig(beta2=0.5))\n"
+    )
+    seen = []
+    monkeypatch.setattr(commands, "run_train", lambda config: seen.append(config) or {"done": 1})
+    status, output, _ = run(capsys, "train", tmp_path / "mine.py", "--update.learning-rate", "2e-6", "--json")
+    assert status == 0 and json.loads(output) == {"done": 1}
+    assert (seen[0].name, seen[0].steps, seen[0].update.beta2, seen[0].update.learning_rate) == ("mine", 7, 0.5, 2e-6)
+    status, _, message = run(capsys, "train", tmp_path / "none.py")
+    assert status == 2 and message.startswith(f"rpt: no experiment file {tmp_path}/none.py")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """64 texts of two letters, each with its digit."""
+    pairs = [a[:-1] + b for a in toy.TEXTS for b in toy.TEXTS]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": pair}) + "\n" for pair in pairs))
+    toy.tokenizer().save(tmp_path / "tokenizer")
+    return path
+
+
+def test_from_text_to_an_evaluated_policy(capsys, tmp_path, text):
+    """The second letter of a text is its one hard position, among eight; its digit follows from it."""
+
+    def figures(*words):
+        status, output, message = run(capsys, *words, "--json")
+        assert status == 0, message
+        return json.loads(output.splitlines()[-1])
+
+    corpus = ["--corpus.files", text, "--corpus.tokenizer", tmp_path / "tokenizer", "--corpus.holdout", "16"]
+    annotated = ["--positions.annotated", tmp_path / "train", "--evaluate.annotated", tmp_path / "held-out"]
+    shape = "--model.width 32 --model.layers 1 --model.heads 2 --model.kv-heads 2 --model.head-channels 16"
+    small = "--pretrain.steps 90 --pretrain.batch-size 16 --pretrain.sequence-length 9 --pretrain.learning-rate 1e-2"
+    made = figures(
+        "pretrain",
+        "--output",
+        tmp_path / "base",
+        *corpus,
+        *shape.split(),
+        *small.split(),
+        "--pretrain.warmup-steps",
+        "5",
+    )
+    assert made["vocab_size"] == 24 and made["loss"] < 1.5
+    assert json.loads((tmp_path / "base" / "policy.json").read_text())["provenance"]["made_by"] == "rpt pretrain"
+
+    filtered = figures(
+        "annotate", "--policy", tmp_path / "base", *corpus, *annotated, "--positions.batch-tokens", "128"
+    )
+    assert [filtered[part]["documents"] for part in ("train", "holdout")] == [48, 16]
+    assert [filtered[part]["hard"] for part in ("train", "holdout")] == [48, 16]
+
+    (tmp_path / "x.py").write_text(
+        "from rpt_jax.config import *\n"
+        "def config():\n"
+        f"    return Config(policy={str(tmp_path / 'base')!r}, steps=2, batch_size=8, rollouts_logged=1,\n"
+        "        prompt=PromptConfig('bare', max_tokens=32, truth_bytes=8),\n"
+        "        sample=SampleConfig(group_size=2, max_tokens=8), evaluate=EvaluateConfig(every=0, batch_size=16))\n"
+    )
+    trained = figures("train", tmp_path / "x.py", "--run-folder", tmp_path / "run", *annotated)
+    assert trained["steps"] == 2 and trained["last_step"]["step"] == 2
+    evaluated = figures("evaluate", tmp_path / "run", "--results", tmp_path / "figures.json")
+    assert evaluated == json.loads((tmp_path / "figures.json").read_text())
+    assert evaluated == {split: trained["evaluation"][split] for split in ("easy", "medium", "hard")}
+    assert evaluated["hard"]["positions"] == 16 and 0 <= evaluated["hard"]["argmax"] < 0.5
+    assert {"argmax", "reasoning", "pass_at_k", "format_rate", "positions", "standard_error"} <= evaluated[
+        "hard"
+    ].keys()
+
+    status, output, _ = run(capsys, "evaluate", tmp_path / "base", "--evaluate.annotated", tmp_path / "none")
+    assert status == 2 and output == ""
+
+
+def test_figures_for_people(capsys):
+    cli.show(
+        {"hard": {"argmax": 0.25, "positions": 8, "errors": {"argmax": 1}}, "easy": {"argmax": None, "positions": 0}},
+        False,
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["argmax", "positions"], ["hard", "0.250", "8"], ["easy", "None", "0"]]
+    cli.show({"steps": 2, "more": {}}, False)
+    assert json.loads(capsys.readouterr().out) == {"steps": 2, "more": {}}
+
+
+def test_a_tokenizer_of_another_vocabulary_is_named_with_both_numbers(capsys, tmp_path):
+    save_policy(tmp_path / "policy", toy.model(), toy.params(), toy.tokenizer(), {})
+    toy.train_sentencepiece(["abc 01"] * 3, 9, tmp_path / "other", model_type="char", byte_fallback=False)
+    words = ("--batch-size", "8", "--policy", tmp_path / "policy", "--corpus.tokenizer", tmp_path / "other")
+    status, output, message = run(capsys, "train", *words)
+    assert status == 2 and output == "" and "9 ids" in message and "24 ids" in message
