@@ -3,20 +3,20 @@
 In: a random generator. Out: documents (text, the answer's place, the right steps) and, for a cold start, thoughts about
 them. Values are digits, every operation is taken modulo ten, and adding does not commute with multiplying:
 
-    chain     Find b: 8 in c, c+3 in f, and f*7 in b. So b is 7.
-    permuted  Find b: c*7 in b, and e-2 in g, 8 in k, k+3 in c. So b is 7.
-    total     Ann has 8, gets +3, gets *7. So Ann has 7.
+    chain     Find a: from 4 in d, d+3 in g, and g*7 in a. So a is 9.
+    permuted  Find a: d*7 in a, and g+3 in d, from 4 in g. So a is 9.
+    total     Ann has 4, gets +3, gets *7. So Ann has 9.
 
-A chain stands in the order of its steps, or with one pair of neighbours swapped; permuted is every other order.
+A chain stands in the order of its steps but for a few swaps of neighbours (fewer than it has steps); permuted is every
+other order.
 The value stands in the text without the steps that lead to it, so a model of fixed depth that predicts the token at
 once has to do all steps in one forward pass; a thought does one step a few tokens at a time:
 
-    careful   <think> First 8 in k k+3 in c 1 c*7 in b 7</think>\\boxed{ 7}
+    careful   <think> First from 4 in g g+3 in d 7 d*7 in a 9</think>\\boxed{ 9}
     lazy      <think> Hmm 4</think>\\boxed{ 4}
 
-Everything else in a text is a choice among few (four first values, four operations, two names for each new variable),
-so that an entropy filter can tell the answers from the merely unpredictable. Statements that lead nowhere (e-2 in g)
-keep a reader from taking the next name for the next step.
+Everything else in a text is a choice among few (four first values, four operations, names that follow each other), so
+that an entropy filter can tell the answers from the merely unpredictable.
 """
 
 import zlib
@@ -26,28 +26,16 @@ import numpy as np
 
 OPERATIONS = {"+3": (1, 3), "-2": (1, 8), "*3": (3, 0), "*7": (7, 0)}  # value -> a * value + b modulo ten
 FIRST_VALUES = (1, 4, 6, 7)
-NAMES = (
-    "ab",
-    "cd",
-    "ef",
-    "gh",
-    "jk",
-    "lm",
-    "np",
-    "qr",
-    "st",
-    "uv",
-)  # the i-th new variable of a text takes a letter of the i-th pair
+NAMES = "adgbkfmchlej"  # in a circle: the first name of a text is any, each new one is the next
 PEOPLE = ("Ann", "Bob", "Eve")
 FAMILIES = ("chain", "permuted", "total")
-STRAYS = 2  # at most so many statements of a text lead nowhere
 FILLER = " Hmm"  # how a lazy thought starts
 OPENING = " First"  # how a careful one does
 KINDS = tuple((family, steps) for family in FAMILIES for steps in range(1 if family == "chain" else 2, 6))
 # How often the cold start shows careful thoughts about (family, steps). Permuted texts of 4 and 5 steps have none; long
 # chains are frequent, or the policy learns that a thought about a shuffled text ends after three steps.
 TRACED = {("chain", 1): 0.7, ("chain", 2): 1.0, ("chain", 3): 1.0, ("chain", 4): 1.5, ("chain", 5): 2.5}
-TRACED |= {("permuted", 2): 1.0, ("permuted", 3): 2.0}
+TRACED |= {("permuted", 2): 1.0, ("permuted", 3): 3.0}
 TRACED |= {("total", steps): 0.5 for steps in range(2, 6)}
 # The harder setting: permuted texts of two steps only, and totals of up to three.
 TRACED_SHORT = {kind: n for kind, n in TRACED.items() if kind not in (("permuted", 3), ("total", 4), ("total", 5))}
@@ -90,6 +78,8 @@ def apply(value: int, operation: str) -> int:
 
 def make_problem(family: str, steps: int, rng: np.random.Generator) -> Problem:
     """A random document of a family with `steps` operations between the first value and the answer."""
+    if (family, steps) not in KINDS:
+        raise ValueError(f"no texts of {(family, steps)}: there are {KINDS}")
     first = int(rng.choice(FIRST_VALUES))
     operations = [str(op) for op in rng.choice(list(OPERATIONS), steps)]
     values = [first]
@@ -97,62 +87,51 @@ def make_problem(family: str, steps: int, rng: np.random.Generator) -> Problem:
         values.append(apply(values[-1], operation))
     if family == "total":
         return _total(operations, values, rng)
-    # Statement i gives variable i its value; one that leads nowhere takes a variable that nobody gives a value.
-    strays = int(rng.integers(STRAYS + 1))
-    order = _order(family, steps + 1, rng)
-    for stray in range(steps + 1, steps + 1 + strays):
-        order.insert(int(rng.integers(len(order) + 1)), stray)
-    names, sources = _names_by_first_mention(order, steps, rng)
-    operations += [str(op) for op in rng.choice(list(OPERATIONS), strays)]
-    statements = [f" {first} in {names[0]}"]
-    statements += [f" {sources[i]}{op} in {names[i]}" for i, op in enumerate(operations, 1)]
+    order = _order(family, steps + 1, rng)  # statement i gives variable i its value
+    names = _names_by_first_mention(order, rng)
+    statements = [f" from {first} in {names[0]}"]
+    statements += [f" {names[i]}{op} in {names[i + 1]}" for i, op in enumerate(operations)]
     naive = first
     for i in order:
-        naive = apply(naive, operations[i - 1]) if 0 < i <= steps else naive
-    shown = zip(statements[1:], values[1:], strict=False)
+        naive = apply(naive, operations[i - 1]) if i else naive
+    shown = zip(statements[1:], values[1:], strict=True)
     thought = OPENING + statements[0] + "".join(f"{statement} {value}" for statement, value in shown)
     # The word between statements comes or not: a thought that copies from a fixed distance goes wrong.
     text = statements[order[0]] + "".join(rng.choice([",", ", and"]) + statements[i] for i in order[1:])
-    context = f"Find {names[steps]}:{text}. So {names[steps]} is"
+    context = f"Find {names[-1]}:{text}. So {names[-1]} is"
     return Problem(family, steps, context, f" {values[-1]}", ".", thought, f" {naive}")
 
 
 def _order(family: str, count: int, rng: np.random.Generator) -> list[int]:
-    """chain: as computed, or with one pair of neighbours swapped (half of the time); permuted: any other order."""
+    """chain: as computed, but for a few swaps of neighbours; permuted: any order farther from it."""
     order = list(range(count))
     if family == "permuted":
         while is_nearly_in_order(order):
             order = [int(i) for i in rng.permutation(count)]
-    elif rng.random() < 0.5:
+        return order
+    for _ in range(int(rng.integers(max(2, count - 1)))):
         i = int(rng.integers(count - 1))
         order[i], order[i + 1] = order[i + 1], order[i]
     return order
 
 
 def is_nearly_in_order(order: list[int]) -> bool:
-    """At most one pair of neighbours is swapped."""
-    return sum(abs(i - place) for place, i in enumerate(order)) <= 2
+    """Fewer swaps of neighbours put it in order than there are steps (one may always be): so few pairs stand wrong.
 
-
-def _names_by_first_mention(order: list[int], steps: int, rng: np.random.Generator) -> tuple[list[str], dict[int, str]]:
-    """(name that statement i defines, name that it takes), from the pair of its turn in the text.
-
-    So each new name is one of two for a reader, and says nothing about the order of the chain.
+    3 of the 6 orders of two steps and a first value, 9 of 24 for three steps, 29 of 120 for four, 98 of 720 for five.
     """
-    letters: dict[tuple[str, int], str] = {}
+    steps = len(order) - 1
+    return sum(order[j] < order[i] for j in range(len(order)) for i in range(j)) <= max(1, steps - 1)
 
-    def name(variable: tuple[str, int]) -> str:
-        if variable not in letters:
-            letters[variable] = NAMES[len(letters)][int(rng.integers(2))]
-        return letters[variable]
 
-    name(("made", steps))  # the one that is asked for comes first
-    taken, made = {}, {}
+def _names_by_first_mention(order: list[int], rng: np.random.Generator) -> list[str]:
+    """A letter for each variable by its turn in the text: easy to foresee, and blind to the order of the steps."""
+    mentioned = [len(order) - 1]  # the one that is asked for comes first
     for i in order:
-        if i > 0:
-            taken[i] = name(("made", i - 1) if i <= steps else ("unknown", i))
-        made[i] = name(("made", i))
-    return [made[i] for i in range(len(order))], taken
+        mentioned += [j for j in (i - 1, i) if j >= 0 and j not in mentioned]
+    start = int(rng.integers(len(NAMES)))
+    letters = {variable: NAMES[(start + turn) % len(NAMES)] for turn, variable in enumerate(mentioned)}
+    return [letters[variable] for variable in range(len(order))]
 
 
 def _total(operations: list[str], values: list[int], rng: np.random.Generator) -> Problem:
