@@ -2,7 +2,7 @@
 
 Real data is looked for in $RPT_DATA, otherwise in `../shared/data` beside the checkout; tests that need it carry
 the mark `realdata`, take the fixture `real_data` and are skipped by name where it is absent. Warnings are errors
-(setup.cfg, which also lists the third-party ones that are let through).
+(setup.cfg, which lists the one of a third party that is let through).
 """
 
 import os

@@ -74,9 +74,11 @@ def test_prompts_by_hand(tmp_path):
 
 
 def test_a_long_context_loses_its_left_end_only():
-    config = PromptConfig(template="bare", max_tokens=6, truth_bytes=4)
+    frame = len(TOKENIZER.encode_markup("<predict><think>"))
+    config = PromptConfig(template="bare", max_tokens=frame + 5, truth_bytes=4)
     prompts = prompts_of(config)
-    assert [live(prompts, n) for n in range(3)] == [b"one <think>", b"uvwxy<think>", b"o<think>"]
+    contexts = [b"one ", b"uvwxy", b"o"]
+    assert [live(prompts, n) for n in range(3)] == [b"<predict>" + context + b"<think>" for context in contexts]
     headed = load_template("v1")
     frame = len(TOKENIZER.encode_markup(headed.before)) + len(TOKENIZER.encode_markup(headed.after))
     cut = prompts_of(PromptConfig(max_tokens=frame + 2), template=headed)
@@ -91,8 +93,9 @@ def test_no_room_for_context_names_both_numbers():
 def test_padded_length_is_the_callers_or_a_multiple_of_32():
     config = PromptConfig(template="bare", max_tokens=64)
     assert prompts_of(config, length=40).tokens_NT.shape == (3, 40)
-    assert prompts_of(config).tokens_NT.shape == (3, 32)
-    with pytest.raises(InputError, match="prompt of 26 tokens .* length 20"):
+    longest = len(TOKENIZER.encode_markup("<predict><think>")) + 25
+    assert prompts_of(config).tokens_NT.shape == (3, -(-longest // 32) * 32)
+    with pytest.raises(InputError, match=f"prompt of {longest} tokens .* length 20"):
         prompts_of(config, length=20)
     with pytest.raises(InputError, match="position 13 of document 3 lies outside its 13 tokens"):
         prompts_of(config, positions=[Position(3, 13, 1.0)])
@@ -124,7 +127,7 @@ def test_templates_open_the_thought_and_frame_the_context(name):
     assert template.thinking_opened and template.after.endswith("<think>" if name == "bare" else "<think>\n")
     text = template.before + template.after
     if name == "bare":
-        assert text == "<think>"
+        assert text == "<predict><think>"
         return
     assert text.count("\\boxed{") >= 2 and "\\text{}" in text and "space" in text
     assert (template.before.endswith("```\n") or template.before.endswith("```text\n")) == (

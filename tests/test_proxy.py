@@ -254,16 +254,3 @@ def test_token_source_reads_the_corpus(tmp_path):
     assert len(source) == 2
     number, name, tokens_T = source[1]
     assert (number, name.rpartition("/")[2], tokens_T.tolist()) == (2, "a.jsonl:4", [102, 102])
-
-
-@pytest.mark.parametrize("vocabulary", [300, 4 * 16 * proxy.BLOCK + 1, 10_007])
-def test_largest_is_top_k_with_ties_by_lowest_id(vocabulary):
-    """Both paths, values that occur often, and rows of -inf but for a few."""
-    rng = np.random.default_rng(0)
-    logits = rng.integers(0, 9000, (2, 3, vocabulary)).astype(np.float32)
-    logits[0, 0], logits[0, 1, 5:] = 7.0, -np.inf
-    values, ids = proxy.largest(jnp.asarray(logits), 16)
-    expected_values, expected_ids = jax.lax.top_k(logits, 16)
-    np.testing.assert_array_equal(values, expected_values)
-    np.testing.assert_array_equal(ids[..., 0], expected_ids[..., 0])
-    np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(ids), -1), expected_values)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rpt_jax.config import ModelConfig, UpdateConfig
+from rpt_jax.config import ModelConfig, PretrainConfig, UpdateConfig
 from rpt_jax.learning import update
 from rpt_jax.policy import decoder, scorer
 from rpt_jax.records import Batch, InputError
@@ -278,3 +278,27 @@ def test_eight_devices_equal_one():
     assert len(state.params["head"].sharding.device_set) == 8
     assert_same_tree(jax.device_get(metrics), jax.device_get(expected_metrics))
     assert_same_tree(jax.device_get(state), jax.device_get(expected))
+
+
+def test_muon_orthogonalises_the_layers_matrices_and_leaves_the_rest_to_adamw():
+    """Singular values of a matrix's first step are alike (AdamW's are not); embedding, norms and biases get AdamW's."""
+    model = ModelConfig(
+        vocab_size=11, width=16, layers=2, heads=2, kv_heads=2, head_channels=8, hidden=24, qkv_bias=True
+    )
+    params = decoder.init(model, jax.random.key(0))
+    gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+    steps = {}
+    for name in ("adamw", "muon"):
+        optimizer = update.make_optimizer(PretrainConfig(optimizer=name, weight_decay=0.0, warmup_steps=0), 10)
+        steps[name], _ = optimizer.update(gradients, optimizer.init(params), params)
+    spread = {}
+    for name, step in steps.items():
+        for matrix in ("wq", "w_gate", "wo"):
+            flat = np.asarray(step["layers"][matrix][1])
+            flat = flat.reshape(16, -1) if matrix != "wo" else flat.reshape(-1, 16)
+            values = np.linalg.svd(flat, compute_uv=False)
+            spread[name, matrix] = values.max() / values.min()
+    assert all(spread["muon", matrix] < 2 < spread["adamw", matrix] for matrix in ("wq", "w_gate", "wo"))
+    for pick in (lambda s: s["embedding"], lambda s: s["layers"]["bq"], lambda s: s["final_norm"]["scale"]):
+        ratio = np.asarray(pick(steps["muon"])) / np.asarray(pick(steps["adamw"]))
+        np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-3)  # Adam's first step, with Nesterov momentum

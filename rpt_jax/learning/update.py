@@ -1,4 +1,4 @@
-"""One policy update: GRPO's loss on a batch of rollouts, its gradient, and AdamW.
+"""One policy update: GRPO's loss on a batch of rollouts, its gradient, and AdamW (for a base also Muon).
 
 In: TrainState and Batch (prompts, G responses each, their advantages). Out: the next TrainState and metrics. Paper:
 Eq. 4 and its training table, which make the update exactly on-policy; the loss is GRPO's [arXiv 2402.03300, Eq. 3]
@@ -41,7 +41,7 @@ def make_optimizer(config: UpdateConfig | PretrainConfig, steps: int) -> optax.G
     """Global-norm clip, then AdamW (or Muon) with decay, at learning_rate(config, steps, .).
 
     Muon [arXiv 2502.16982] turns the matrices of the layers with orthogonalised momentum, scaled to AdamW's step size;
-    embedding, head, norms and biases stay with AdamW.
+    embedding, head, norms and biases stay with AdamW (with Nesterov momentum, as optax has it).
     """
     rate = functools.partial(learning_rate, config, steps)
     if isinstance(config, PretrainConfig) and config.optimizer == "muon":

@@ -37,7 +37,6 @@ from rpt_jax.mesh import batch_sharding, place, to_host
 from rpt_jax.policy import decoder
 from rpt_jax.records import Array, InputError, Params
 
-BLOCK = 128  # logits searched together by `largest`
 Source = Sequence[tuple[int, str, np.ndarray]]  # document number, name, tokens_T
 
 
@@ -217,33 +216,12 @@ def predict(
 
 def candidates(logits_BTV: Array, top: int, renormalise: bool) -> tuple[Array, Array]:
     """(entropies_BT, argmaxes_BT): -sum p log p over the `top` most probable tokens; of equal ones the lowest id."""
-    best_BTZ, tokens_BTZ = largest(logits_BTV, min(top, logits_BTV.shape[-1]))
+    # The barrier is for speed alone: with the slice below right behind top_k, XLA on CPU sorts whole rows instead.
+    best_BTZ, tokens_BTZ = jax.lax.optimization_barrier(jax.lax.top_k(logits_BTV, min(top, logits_BTV.shape[-1])))
     among = best_BTZ if renormalise else logits_BTV
     logp_BTZ = best_BTZ - jax.nn.logsumexp(among, axis=-1, keepdims=True)
     terms_BTZ = jnp.where(logp_BTZ == -jnp.inf, 0.0, jnp.exp(logp_BTZ) * logp_BTZ)
     return jnp.maximum(-jnp.sum(terms_BTZ, axis=-1), 0.0), tokens_BTZ[..., 0]  # rounding could give -1e-8
-
-
-def largest(logits: Array, top: int) -> tuple[Array, Array]:
-    """jax.lax.top_k, which on CPU takes most of an annotation's time for a large vocabulary, five times faster there.
-
-    The `top` largest of a row lie in the `top` blocks with the largest maxima, so only those are searched; of equal
-    ones the lowest id comes first.
-    """
-    V = logits.shape[-1]
-    blocks = -(-V // BLOCK)
-    if blocks <= 4 * top:
-        best, ids = jax.lax.top_k(logits, top)
-    else:
-        padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * BLOCK - V)]
-        parted = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*logits.shape[:-1], blocks, BLOCK)
-        _, chosen = jax.lax.top_k(parted.max(axis=-1), top)
-        chosen = jnp.sort(chosen, axis=-1)
-        searched = jnp.take_along_axis(parted, chosen[..., None], axis=-2)
-        best, places = jax.lax.top_k(searched.reshape(*logits.shape[:-1], top * BLOCK), top)
-        ids = jnp.take_along_axis(chosen, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
-    # The barrier is for speed alone: a slice behind top_k makes XLA on CPU sort whole rows, 25 times slower.
-    return jax.lax.optimization_barrier((best, ids))
 
 
 def text_logits(params: Params, model: ModelConfig, hidden: Array, banned_ids: tuple[int, ...]) -> Array:
