@@ -1,5 +1,6 @@
 """The quickstart from end to end at toy size, and the claims that its results rest on."""
 
+import dataclasses
 import json
 
 import jax
@@ -22,7 +23,7 @@ TINY = QuickstartConfig(
         width=16, layers=1, heads=2, examples=100, pretrain=PretrainConfig(batch_size=8, sequence_length=88, steps=3)
     ),
     steps=2,
-    batch_size=4,
+    batch_size=8,  # divides over the eight devices of the tests
     group_size=2,
     dynamic_from=-1,
 )
@@ -30,8 +31,6 @@ TINY = QuickstartConfig(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    import dataclasses
-
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     return folder, main(dataclasses.replace(TINY, run_folder=str(folder)))
 
@@ -90,7 +89,7 @@ def test_rpt_flops_count_sampling_and_update(finished):
     rows = [json.loads(line) for line in (folder / "rpt" / "metrics.jsonl").read_text().splitlines()]
     model = quickstart.load_policy(folder / "policy")[0]
     by_hand = sum(
-        4 * flops.sampling(model, row["sampled_prompts"], row["sampled_prompt_tokens"], 8, row["sampled_tokens"])
+        4 * flops.sampling(model, row["sampled_prompts"], row["sampled_prompt_tokens"], 16, row["sampled_tokens"])
         for row in rows
     )
     assert rpt_flops(model, rows) == pytest.approx(by_hand) == results["flops"]
