@@ -131,6 +131,10 @@ class SampleConfig:
     tokens_per_call: int = 32  # decode steps between looks at which rollouts have ended
 
     def check(self) -> None:
+        if self.max_tokens < 1 or self.tokens_per_call < 1:
+            raise InputError(
+                f"sample.max_tokens={self.max_tokens} and sample.tokens_per_call={self.tokens_per_call}: use 1 or more"
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0:
             raise InputError(
                 f"sample: temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "

@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 
 from rpt_jax.config import ModelConfig, SampleConfig
+from rpt_jax.mesh import to_host
 from rpt_jax.policy import decoder
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.records import Array, Params, Prompts, Rollouts
@@ -58,7 +59,7 @@ def sample(
             state = state.replace(cache=_grow(state.cache, min(2 * capacity, sampling.max_tokens)))
         state = decode(params, model, sampling, end_ids, prompt_kv, prompts.lengths_N, keys_B, state)
     shape_NG = (prompts.tokens_NT.shape[0], sampling.group_size)
-    tokens_BR, logprobs_BR, lengths_B, finished_B = jax.device_get(
+    tokens_BR, logprobs_BR, lengths_B, finished_B = to_host(
         (state.tokens_BR, state.logprobs_BR, state.lengths_B, state.finished_B)
     )
     return Rollouts(
