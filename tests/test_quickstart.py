@@ -84,7 +84,8 @@ def test_controls_spend_the_flops_of_rpt(finished, monkeypatch):
     assert seen == [5]
 
 
-def test_rpt_flops_count_sampling_and_update(finished):
+def test_rpt_flops_count_all_sampling_and_the_updates(finished):
+    """One round a step here: sampling plus an update of three times its FLOPs; the results say the same."""
     folder, results = finished
     rows = [json.loads(line) for line in (folder / "rpt" / "metrics.jsonl").read_text().splitlines()]
     model = quickstart.load_policy(folder / "policy")[0]
@@ -92,12 +93,16 @@ def test_rpt_flops_count_sampling_and_update(finished):
         4 * flops.sampling(model, row["sampled_prompts"], row["sampled_prompt_tokens"], 16, row["sampled_tokens"])
         for row in rows
     )
-    assert rpt_flops(model, rows) == pytest.approx(by_hand) == results["flops"]
+    assert rpt_flops(rows) == pytest.approx(by_hand) == results["flops"]
+
+
+def test_dropped_groups_are_sampled_but_not_updated_on():
+    assert rpt_flops([{"flops_sample": 2.0, "flops_update": 3.0}, {"flops_sample": 6.0, "flops_update": 3.0}]) == 14
 
 
 def test_bad_settings_and_folders_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="from-scratch"):
-        QuickstartConfig(base=BaseConfig(traces="short")).check()
+        QuickstartConfig(base=BaseConfig(width=256)).check()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(InputError, match="not empty"):

@@ -15,8 +15,10 @@ from rpt_jax.study import plots
 from rpt_jax.study.evaluate import Evaluation
 
 
-def right_steps(evaluation: Evaluation, exam: Sequence[arithmetic.Problem], tokenizer: Tokenizer) -> dict[str, float]:
-    """By family: of the right answers, the share whose thought is exactly the right steps."""
+def right_steps(
+    evaluation: Evaluation, exam: Sequence[arithmetic.Problem], tokenizer: Tokenizer
+) -> dict[str, float | None]:
+    """By family and for all: of the right answers, the share with exactly the right steps; None where none is right."""
     exact: dict[str, list[bool]] = {}
     for row in evaluation.splits["answers"]:
         if evaluation.sampled.rewards_NG[row, 0] == 1:
@@ -72,7 +74,7 @@ ROWS = (  # (heading, key of a split's table, mode)
     ("next-token control, arg-max", "control_next_token", "argmax"),
     ("next-token control, reasoning", "control_next_token", "reasoning"),
     ("SFT control, arg-max", "control_sft", "argmax"),
-    ("SFT control, reasoning", "control_sft", "reasoning"),
+    ("SFT control, box without thought", "control_sft", "reasoning"),
 )
 COLUMNS = ("hard", "medium", "chain", "permuted", "total", "untraced", "order_sensitive")
 
@@ -126,6 +128,7 @@ def write_plots(folder: Path, results: dict, rows: Sequence[dict]) -> None:
 
     bars = {
         "base": {"arg-max": bar(hard["argmax_base"]), "reasoning": bar(hard["reasoning_before"])},
+        "base, made\ncareful": {"reasoning": bar(hard["forced_careful_base"])},
         "RPT": {"arg-max": bar(hard["argmax_after"]), "reasoning": bar(hard["reasoning_after"])},
     }
     for heading, key in (("next-token\ncontrol", "control_next_token"), ("SFT\ncontrol", "control_sft")):
