@@ -5,7 +5,7 @@
 Reads the base and the annotated texts of a finished from-scratch run and spends the FLOPs of its RPT again for each
 control and rate, and on plain texts alone. Judged on 260 texts of the training side with a seed of their own, never on
 the evaluation texts. Hardware: one CPU core. Time: about 2 minutes a row. Rows are added to
-results/quickstart_controls.csv. Measured result: see LOG.md.
+results/quickstart_controls.csv. Not run yet.
 """
 
 import csv

@@ -68,7 +68,8 @@ def row_of(results: dict) -> dict:
             else:
                 row[f"{split}.{key}"] = round(value, 4)
     row |= {f"format_rate.{when}": round(value, 4) for when, value in results["format_rate"].items()}
-    row |= {f"right_steps.{family}": round(value, 4) for family, value in results["right_steps_given_right"].items()}
+    exact = results["right_steps_given_right"]
+    row |= {f"right_steps.{family}": "" if value is None else round(value, 4) for family, value in exact.items()}
     return row | {f"seconds.{phase}": round(value) for phase, value in results["seconds"].items()}
 
 

@@ -59,7 +59,12 @@ class Problem:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document belongs to the evaluation side; one in eight does, none of them is ever trained on."""
+    """Whether a document belongs to the evaluation side; one in eight does, none of them is ever trained on.
+
+    By the text to the letter: a text of the other side may have the same steps under other names. Among 3,000 training
+    texts a kind, all held-out ones of one or two steps have such a twin, permuted ones of 3, 4 and 5 steps in 58, 5 and
+    0 % of cases.
+    """
     return zlib.crc32(text.encode()) % 8 == 0
 
 
