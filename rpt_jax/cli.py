@@ -25,7 +25,7 @@ HINTS = """
   rpt COMMAND --json   one JSON object as the last line
   rpt --version
 
-Start with `rpt quickstart`. Experiments to start from are in experiments/.
+Start with `rpt quickstart`. What has been run, and with which settings, is in experiments/.
 """
 
 

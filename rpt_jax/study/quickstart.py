@@ -50,7 +50,7 @@ from rpt_jax.study.base import END, STAGES, BaseConfig, mixture_batches, train_b
 from rpt_jax.study.evaluate import Evaluation, evaluate
 from rpt_jax.study.quickstart_results import collect_results, show_table, show_thoughts, write_plots
 
-EVALUATION_SEED = 20251122  # of the evaluation texts; frozen before anything was tuned
+EVALUATION_SEED = 20251122  # of the evaluation texts; every tuning used texts of the training side
 BARE = load_template("bare")
 SHIPPED = Path(str(resources.files("rpt_jax.study") / "base_policy"))
 POLICY = tuple[ModelConfig, Params, Tokenizer]
