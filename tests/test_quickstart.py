@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from rpt_jax.config import PretrainConfig
+from rpt_jax.config import PretrainConfig, to_dict
 from rpt_jax.corpus import arithmetic
 from rpt_jax.policy import flops
 from rpt_jax.records import InputError
 from rpt_jax.study import quickstart
-from rpt_jax.study.base import BaseConfig
+from rpt_jax.study.base import BaseConfig, train_tokenizer
 from rpt_jax.study.quickstart import QuickstartConfig, main, make_documents, new_folder, rpt_flops, spend
 
 TINY = QuickstartConfig(
@@ -64,8 +64,8 @@ def test_evaluation_texts_are_the_same_for_every_seed_and_never_trained_on():
     assert [problem.text for problem in exam] == [problem.text for problem in again]
     assert [problem.text for problem in texts] != [problem.text for problem in others]
     assert len({problem.text for problem in exam}) == len(exam)
-    assert all(arithmetic.is_held_out(problem.text) for problem in exam)
-    assert not any(arithmetic.is_held_out(problem.text) for problem in [*texts, *others])
+    assert all(arithmetic.is_held_out(problem) for problem in exam)
+    assert not any(arithmetic.is_held_out(problem) for problem in [*texts, *others])
 
 
 def test_controls_spend_the_flops_of_rpt(finished, monkeypatch):
@@ -111,8 +111,12 @@ def test_bad_settings_and_folders_are_refused(tmp_path, monkeypatch):
     assert [new_folder("").name for _ in range(2)] == ["quickstart", "quickstart-2"]
 
 
-def test_the_shipped_base_is_small_and_loads():
+def test_the_shipped_base_is_small_and_what_the_code_makes_now(tmp_path):
+    """Its settings and its tokenizer are today's, so that it knows the texts of corpus/arithmetic.py."""
     model, params, tokenizer = quickstart.load_base(QuickstartConfig(), None, print)
+    provenance = json.loads((quickstart.SHIPPED / "policy.json").read_text())["provenance"]
+    assert provenance["base"] == json.loads(json.dumps(to_dict(BaseConfig())))
+    assert tokenizer.fingerprint == train_tokenizer(tmp_path).fingerprint
     size = sum(file.stat().st_size for file in quickstart.SHIPPED.rglob("*") if file.is_file())
     assert size < 2 * 2**20
     assert tokenizer.vocab_size == model.vocab_size
