@@ -9,7 +9,6 @@ them among those that RPT and the SFT control learn from, never on the evaluatio
 about 80 seconds a row. Rows of results/quickstart_controls.csv that exist are skipped. Measured result: see LOG.md.
 """
 
-import csv
 import json
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from rows import append_row, read_rows
 
 from rpt_jax.corpus import arithmetic
 from rpt_jax.corpus.positions import AnnotatedDocuments, open_annotated, select_positions
@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
         tried = [("base", 0.0), *((control, rate) for control in settings.controls for rate in settings.rates)]
         for control, rate in tried:
             name = {"run": settings.run.name, "control": control, "rate": f"{rate:g}"}
-            if any(name.items() <= row.items() for row in read_rows()):
+            if any(name.items() <= row.items() for row in read_rows(RESULTS)):
                 print(f"{name}: has a row already")
                 continue
             trained = policy if control == "base" else train_control(control, rate, policy, annotated, budget)
@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
             figures |= {"argmax_standard_error": figures["standard_errors"]["argmax"]}
             kept = ("argmax", "argmax_standard_error", "reasoning", "standard_error", "format_rate", "positions")
             spent = {"flops": f"{budget if rate else 0:.3g}"}
-            append_row(name | spent | {key: round(figures[key], 4) for key in kept})
+            append_row(RESULTS, name | spent | {key: round(figures[key], 4) for key in kept})
 
 
 def tuning_texts(annotated: AnnotatedDocuments, tokenizer: Tokenizer) -> list[arithmetic.Problem]:
@@ -91,25 +91,6 @@ def train_control(
 def print_line(text: str, **_) -> None:
     """Progress."""
     print(text, flush=True)
-
-
-def read_rows() -> list[dict]:
-    """Rows that are there."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open() as file:
-        return list(csv.DictReader(file))
-
-
-def append_row(row: dict) -> None:
-    """Adds a row to the table."""
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row, flush=True)
 
 
 if __name__ == "__main__":
