@@ -7,16 +7,16 @@ them. Values are digits, every operation is taken modulo ten, and adding does no
     permuted  Find a: d>a*7, and g>d+3, from 4>g. So a is 9.
     total     Ann has 4, gets +3, gets *7. So Ann has 9.
 
-(`d>a*7`: a is d times 7.) A chain stands in the order of its steps but for a few swaps of
-neighbours (fewer than it has steps); permuted is every other order. The value stands in the text without the steps that
-lead to it, so a model of fixed depth that predicts the token at once has to do all steps in one forward pass; a thought
-does one step a few tokens at a time:
+(`d>a*7`: a is d times 7.) A chain stands in the order of its steps but for a few swaps of neighbours (fewer than it
+has steps); permuted is every other order. The value stands in the text without the steps that lead to it, so a model of
+fixed depth that predicts the token at once has to do all steps in one forward pass; a thought does one step a few
+tokens at a time:
 
     careful   <think> First from 4>g g>d+3 7 d>a*7 9</think>\\boxed{ 9}
     lazy      <think> Hmm g>d+3 4</think>\\boxed{ 4}
 
-Everything else in a text is a choice among few (four first values, four operations, names that follow each
-other), so that an entropy filter can tell the answers from the merely unpredictable.
+Everything else in a text is a choice among few (four first values, four operations, names that follow each other),
+so that an entropy filter can tell the answers from the merely unpredictable.
 """
 
 import hashlib
@@ -97,12 +97,12 @@ def make_problem(family: str, steps: int, rng: np.random.Generator, names_are_ra
     if (family, steps) not in KINDS:
         raise ValueError(f"no texts of {(family, steps)}: there are {KINDS}")
     first = int(rng.choice(FIRST_VALUES))
-    operations = [str(op) for op in rng.choice(list(OPERATIONS), steps)]
+    operations = tuple(str(op) for op in rng.choice(list(OPERATIONS), steps))
     values = [first]
     for operation in operations:
         values.append(apply(values[-1], operation))
     if family == "total":
-        return _total(tuple(operations), values, rng)
+        return _total(operations, values, rng)
     order = _order(family, steps + 1, rng)  # statement i gives variable i its value
     names = _names_by_first_mention(order, rng)
     if names_are_random:
@@ -114,11 +114,11 @@ def make_problem(family: str, steps: int, rng: np.random.Generator, names_are_ra
         naive = apply(naive, operations[i - 1]) if i else naive
     shown = zip(statements[1:], values[1:], strict=True)
     thought = OPENING + statements[0] + "".join(f"{statement} {value}" for statement, value in shown)
-    # The word between statements comes or not: a thought that copies from a fixed distance goes wrong.
     shuffled = tuple(statements[i] for i in order)
+    # The word between statements comes or not: a thought that copies from a fixed distance goes wrong.
     text = shuffled[0] + "".join(rng.choice([",", ", and"]) + statement for statement in shuffled[1:])
     context = f"Find {names[-1]}:{text}. So {names[-1]} is"
-    return Problem(family, first, tuple(operations), shuffled, context, f" {values[-1]}", ".", thought, f" {naive}")
+    return Problem(family, first, operations, shuffled, context, f" {values[-1]}", ".", thought, f" {naive}")
 
 
 def _order(family: str, count: int, rng: np.random.Generator) -> list[int]:

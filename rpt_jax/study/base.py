@@ -9,7 +9,7 @@ the computation of an evaluation text is among them (arithmetic.is_held_out).
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +78,7 @@ def draw_example(
     tokenizer: Tokenizer, mixture: Mixture, traced: dict[tuple[str, int], float], rng: np.random.Generator
 ) -> Example:
     """One training text; a thought, its box and the end count, what stands before does not."""
-    shares = {"plain": mixture.plain, "lazy": mixture.lazy, "careful": mixture.careful, "recall": mixture.recall}
+    shares = asdict(mixture)
     what = rng.choice(list(shares), p=list(shares.values()))
     if what == "careful":
         weights = np.array(list(traced.values()))
