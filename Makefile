@@ -4,10 +4,12 @@
 #
 # Each makes the virtual environment $(VENV) first where it is missing or older than the pins. Another Python, another
 # place or more test processes: make test PYTHON=/opt/python/bin/python3.12 VENV=/tmp/venv WORKERS=8
+# With libtpu, which needs no TPU, the tests also compile the kernels for TPUs: make test VENV=.venv-tpu EXTRAS=dev,tpu
 
 VENV = .venv
 PYTHON =
 WORKERS = 2
+EXTRAS = dev
 INSTALLED = $(VENV)/.installed
 
 .PHONY: quickstart test lint
@@ -38,5 +40,5 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	  exit 1; \
 	fi
 	@echo "installing into $(VENV) (one to three minutes the first time)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

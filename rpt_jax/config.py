@@ -162,7 +162,7 @@ class UpdateConfig:
     kl_coefficient: float = 0.0  # to the starting policy, k3 estimator (paper: 0)
     entropy_coefficient: float = 0.0  # bonus (paper: 0)
     microbatches: int = 1  # gradient accumulation; divides the prompts of a step
-    token_chunk: int = 1024  # response tokens whose logits exist at one time in the log-prob
+    token_chunk: int = 0  # tokens whose logits exist at one time where no Pallas kernel runs; 0: by the backend
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class PretrainConfig:
     batch_size: int = 64  # sequences
     sequence_length: int = 128  # tokens
     steps: int = 1000
-    token_chunk: int = 4096
+    token_chunk: int = 0  # as in the update
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,8 @@ def pretrain(
     """config.steps updates on what `batches` yields; the given params are left intact.
 
     report(steps done, metrics) is called every report_every steps and after the last; place puts a host batch on a
-    mesh. Raises InputError for batches that end early or hold ids beyond the vocabulary, FloatingPointError for a
-    loss or gradient that is not finite.
+    mesh (then call inside jax.set_mesh(mesh)). Raises InputError for batches that end early or hold ids beyond the
+    vocabulary, FloatingPointError for a loss or gradient that is not finite.
     """
     state = init_state(params, make_optimizer(config, config.steps))
     last = None

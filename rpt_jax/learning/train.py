@@ -136,6 +136,7 @@ def train(
     if start is not None:
         run_folder.require_same_run(config, identity, start)
     with (
+        jax.set_mesh(mesh),  # by which the scorer's kernel splits its work
         run_folder.open_run(config, tokenizer, start, identity) as record,
         contextlib.closing(checkpoints.open_checkpoints(folder / "checkpoints", config.checkpoint.keep)) as manager,
         preemption.watch() as told,

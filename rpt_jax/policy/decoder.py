@@ -241,15 +241,15 @@ def forward(
     return Decoder(config).apply({"params": params}, tokens_BT, positions_BT, context)
 
 
-def head_DV(params: Params, config: ModelConfig) -> Array:
-    """Output matrix [D, V] in the computation's dtype."""
-    head = params["embedding"].T if config.tied_head else params["head"]
-    return head.astype(config.dtype)
+def output_head(params: Params, config: ModelConfig) -> Array:
+    """Output matrix in the computation's dtype: [D, V], or with a tied head the embedding as it is, [V, D]."""
+    return params["embedding" if config.tied_head else "head"].astype(config.dtype)
 
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """Next-token logits, float32 [..., V]; for a few positions only (decode): scoring goes through the kernel."""
-    return jnp.einsum("...d,dv->...v", hidden, head_DV(params, config), preferred_element_type=jnp.float32)
+    product = "...d,vd->...v" if config.tied_head else "...d,dv->...v"
+    return jnp.einsum(product, hidden, output_head(params, config), preferred_element_type=jnp.float32)
 
 
 def positions_from_lengths(lengths_B: Array, T: int) -> Array:

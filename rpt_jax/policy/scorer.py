@@ -2,14 +2,15 @@
 
 In: rollouts, or plain sequences. Out: log-prob and entropy of each token given all before it, nats, under
 softmax(z / temperature) as in the sampler. Only positions that predict such a token go through the head, and their
-logits never exist all at once.
+logits never exist all at once. On several devices, call inside jax.set_mesh(mesh): the kernel then splits its work as
+the mesh says.
 """
 
 import jax.numpy as jnp
 
 from rpt_jax.config import ModelConfig
 from rpt_jax.kernels.grouped_logprob import grouped_logprob
-from rpt_jax.policy.decoder import forward, head_DV, positions_from_lengths
+from rpt_jax.policy.decoder import forward, output_head, positions_from_lengths
 from rpt_jax.records import Array, Params
 
 
@@ -21,7 +22,7 @@ def score(
     tokens_NGR: Array,
     lengths_NG: Array,
     temperature: Array | float = 1.0,
-    token_chunk: int = 1024,
+    token_chunk: int = 0,
     *,
     shared_prefix: bool = True,
 ) -> tuple[Array, Array]:
@@ -35,14 +36,14 @@ def score(
         prompt_tokens_NT: padded on the right; prompt_lengths_N live tokens, at least 1.
         tokens_NGR: padded on the right; lengths_NG live tokens.
         temperature: scalar, may be traced; gets no gradient. 0 (greedy sampling) scores at 1, as the sampler does.
-        token_chunk: response tokens whose logits exist at one time.
+        token_chunk: response tokens whose logits exist at one time (the kernel's `chunk`); 0 leaves it to the kernel.
     """
     N, G, R = tokens_NGR.shape
     hidden = _shared_hidden if shared_prefix else _plain_hidden
     hidden_NGRD = hidden(params, model, prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG)
     live_NGR = jnp.arange(R)[None, None, :] < lengths_NG[:, :, None]
     out = _head(params, model, hidden_NGRD, tokens_NGR, live_NGR, temperature, token_chunk)
-    return out.logprob_T.reshape(N, G, R), out.entropy_T.reshape(N, G, R)
+    return out.logprob, out.entropy
 
 
 def score_tokens(
@@ -51,7 +52,7 @@ def score_tokens(
     tokens_BT: Array,
     lengths_B: Array,
     temperature: Array | float = 1.0,
-    token_chunk: int = 1024,
+    token_chunk: int = 0,
 ) -> Array:
     """logprobs_BT of token t given tokens before t; 0 at t = 0, which nothing predicts, and in padding."""
     B, T = tokens_BT.shape
@@ -59,15 +60,13 @@ def score_tokens(
     hidden_BTD, _ = forward(params, model, tokens_BT, positions_BT)
     hidden_BSD, targets_BS, live_BS = hidden_BTD[:, :-1], tokens_BT[:, 1:], positions_BT[:, 1:] >= 0
     out = _head(params, model, hidden_BSD, targets_BS, live_BS, temperature, token_chunk)
-    return jnp.pad(out.logprob_T.reshape(B, T - 1), ((0, 0), (1, 0)))
+    return jnp.pad(out.logprob, ((0, 0), (1, 0)))
 
 
 def _head(params, model, hidden, targets, live, temperature, token_chunk):
-    hidden_TD = hidden.reshape(-1, hidden.shape[-1])
     temperature = jnp.where(temperature == 0, 1.0, temperature)
-    return grouped_logprob(
-        hidden_TD, head_DV(params, model), targets.reshape(-1), live.reshape(-1), temperature, chunk=token_chunk
-    )
+    head, chunk = output_head(params, model), token_chunk or None
+    return grouped_logprob(hidden, head, targets, live, temperature, tied=model.tied_head, chunk=chunk)
 
 
 def _response_positions(prompt_lengths_N, lengths_NG, R):

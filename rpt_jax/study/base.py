@@ -55,7 +55,14 @@ class BaseConfig:
     heads: int = 4
     examples: int = 16384  # drawn for each stage
     pretrain: PretrainConfig = PretrainConfig(
-        optimizer="muon", learning_rate=1e-2, warmup_steps=20, beta2=0.98, batch_size=72, sequence_length=72, steps=600
+        optimizer="muon",
+        learning_rate=1e-2,
+        warmup_steps=20,
+        beta2=0.98,
+        batch_size=72,
+        sequence_length=72,
+        steps=600,
+        token_chunk=4096,
     )
 
 
