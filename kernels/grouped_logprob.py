@@ -110,7 +110,7 @@ def grouped_logprob(
         implementation: "pallas" (TPU); "xla", a chunk of tokens at a time, anywhere; "reference", all logits at once
             by plain jax.numpy; "auto", pallas on TPU and xla elsewhere.
         chunk: "xla" only, tokens whose logits exist at one time; memory is about 3 * chunk * V * 4 bytes. None takes
-            64 MiB of logits on CPU, 1024 tokens elsewhere.
+            32 MiB of logits on CPU, 1024 tokens elsewhere.
         blocks: "pallas" only, instead of what choose_blocks takes for this chip.
         interpret: "pallas" only, runs the kernels as plain operations on any backend, slowly, for tests.
 
@@ -291,7 +291,7 @@ def _backend(setup, hidden_TD, head):
     (T, D), V = hidden_TD.shape, head.shape[0 if setup.tied else 1]
     every_column = V * _size(setup, setup.vocabulary_axis) == setup.columns
     if setup.implementation == "xla":
-        chunk = setup.chunk or (max(1, (64 << 20) // (4 * V)) if jax.default_backend() == "cpu" else 1024)
+        chunk = setup.chunk or (max(1, (32 << 20) // (4 * V)) if jax.default_backend() == "cpu" else 1024)
         return grouped_logprob_xla, grouped_logprob_xla.Plan(setup.tied, setup.softcap, every_column, chunk)
     blocks = setup.blocks
     if blocks is None:

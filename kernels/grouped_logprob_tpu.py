@@ -149,13 +149,14 @@ def backward(plan: Plan, hidden_TD, head, targets_T, live, columns, scale, *rows
         _pad(rows_T8, t),
     )
     if plan.blocks.one_pass:
-        dh_TD, d_head = _one_pass(plan, _tiles(live, t), *inputs)
+        dh_TD, d_head = one_pass(plan, _tiles(live, t), *inputs)
     else:
-        dh_TD, d_head = _hidden_pass(plan, _tiles(live, t), *inputs), _head_pass(plan, _tiles(live, t), *inputs)
+        dh_TD, d_head = hidden_pass(plan, _tiles(live, t), *inputs), head_pass(plan, _tiles(live, t), *inputs)
     return dh_TD[:T], d_head
 
 
-def _one_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
+def one_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
+    """(dh_TD float32, dW), with one recomputation of each tile of logits."""
     (T, D), (t, v) = hidden_TD.shape, plan.blocks.backward
     tiles = pl.cdiv(head.shape[0 if plan.tied else 1], v)
     cores = min(plan.blocks.cores, tiles)
@@ -244,7 +245,8 @@ def _one_pass_kernel(plan, tiles, *refs):
                 wait(1 - slot, out=True)
 
 
-def _hidden_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
+def hidden_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
+    """dh_TD alone."""
     (T, D), (t, v) = hidden_TD.shape, plan.blocks.backward
     return pl.pallas_call(
         functools.partial(_hidden_kernel, plan),
@@ -271,7 +273,8 @@ def _hidden_kernel(plan, *refs):
         dh_ref[...] = sum_ref[...].astype(dh_ref.dtype)
 
 
-def _head_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
+def head_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
+    """dW alone."""
     D, (t, v) = hidden_TD.shape[1], plan.blocks.backward
     head_spec = _head_spec(plan, D, v, lambda j, i: j)
     return pl.pallas_call(

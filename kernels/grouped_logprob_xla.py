@@ -47,9 +47,8 @@ def _forward_chunk(plan, head, columns, scale, hidden_TD, targets_T):
     sum_T = jnp.sum(exp_TV, axis=1)
     log_sum_T = jnp.log(sum_T)
     entropy_T = log_sum_T - jnp.sum(exp_TV * shifted_TV, axis=1) / sum_T
-    columns_TV = lax.broadcasted_iota(jnp.int32, logits_TV.shape, 1)
-    target_T = jnp.sum(jnp.where(columns_TV == targets_T[:, None], shifted_TV, 0.0), axis=1)
-    return target_T - log_sum_T, entropy_T, top_T, log_sum_T
+    target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1, mode="clip")[:, 0]
+    return target_T - top_T - log_sum_T, entropy_T, top_T, log_sum_T
 
 
 def backward(plan: Plan, hidden_TD, head, targets_T, live, columns, scale, *rows):

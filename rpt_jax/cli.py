@@ -18,6 +18,7 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+    ("bench", "kernel", "speed and memory of the log-prob kernel, here or on a simulated TPU"),
 )
 USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
 HINTS = """
@@ -68,6 +69,7 @@ def overview() -> str:
 def run(command: str, words: list[str]) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
     from rpt_jax import commands, config
+    from rpt_jax.records import InputError
 
     takes = next(takes for name, takes, _ in COMMANDS if name == command)
     given = words.pop(0) if takes and words and not words[0].startswith("-") else ""
@@ -80,6 +82,12 @@ def run(command: str, words: list[str]) -> dict:
     if command == "annotate":
         start = commands.part_of(commands.AnnotateRun, config.load_experiment(given)) if given else None
         return commands.run_annotate(parse(command, start or commands.AnnotateRun(), words))
+    if command == "bench":
+        from rpt_jax.study import bench
+
+        if given != "kernel" and "--help" not in words:
+            raise InputError(f"bench: {given or 'nothing'} cannot be measured: use `rpt bench kernel`")
+        return bench.bench_kernel(parse(command, bench.KernelBench(), words))
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
@@ -93,7 +101,9 @@ def parse(command: str, default, words: list[str]):
     _, takes, does = next(row for row in COMMANDS if row[0] == command)
     text = f"{does[0].upper()}{does[1:]}.\n\n{type(default).__doc__}"
     if takes:
-        text += f"\n\nUsage: rpt {command} {takes} [options]. What comes first sets the defaults that are shown here."
+        text += f"\n\nUsage: rpt {command} {takes} [options]."
+    if takes.startswith("["):
+        text += " What comes first sets the defaults that are shown here."
     return tyro.cli(type(default), prog=f"rpt {command}", description=text, default=default, args=words, add_help=True)
 
 

@@ -22,7 +22,9 @@ def test_the_overview_is_one_screen_in_order(capsys):
     status, output, _ = run(capsys, "--help")
     assert status == 0 and len(output.splitlines()) <= 24
     assert max(map(len, output.splitlines())) <= 100
-    places = [output.index(f"\n  {name}") for name in ("quickstart", "pretrain", "annotate", "train", "evaluate")]
+    places = [
+        output.index(f"\n  {name}") for name in ("quickstart", "pretrain", "annotate", "train", "evaluate", "bench")
+    ]
     assert places == sorted(places)
 
 

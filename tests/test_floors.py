@@ -53,6 +53,7 @@ ORDER = [
     "rpt_jax.study.plots",
     "rpt_jax.study.report",
     "rpt_jax.study.plan",
+    "rpt_jax.study.simulate",
     "rpt_jax.study.bench",
     "rpt_jax.study.base",
     "rpt_jax.study.quickstart_results",
