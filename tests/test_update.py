@@ -280,6 +280,33 @@ def test_eight_devices_equal_one():
     assert_same_tree(jax.device_get(state), jax.device_get(expected))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_kernel_gives_the_loss_and_gradients_of_all_logits(tied, monkeypatch):
+    """With every term of the loss at work: chunked alone and over (data=2, tensor=2), and Pallas interpreted."""
+    model = dataclasses.replace(MODEL, tied_head=tied, vocab_size=12)
+    config = dataclasses.replace(CONFIG, on_policy=False, kl_coefficient=0.1, entropy_coefficient=0.05, microbatches=2)
+    params, batch = decoder.init(model, jax.random.key(1)), make_batch()
+    kernel = scorer.grouped_logprob
+
+    def compute(mesh=None, **options):
+        monkeypatch.setattr(scorer, "grouped_logprob", functools.partial(kernel, **options))
+        run = jax.jit(
+            lambda params: update.loss_and_gradients(
+                params, batch, 0.8, LIMIT, batch.logprobs_NGR - 0.1, model=model, config=config
+            )
+        )
+        if mesh is None:
+            return jax.device_get(run(params))
+        with jax.set_mesh(mesh):
+            return jax.device_get(run(params))
+
+    dense = compute(implementation="reference")
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 1, 2), ("data", "fsdp", "tensor"))
+    assert_same_tree(compute(), dense)
+    assert_same_tree(compute(mesh), dense)
+    assert_same_tree(compute(implementation="pallas", interpret=True), dense)
+
+
 def test_muon_orthogonalises_the_layers_matrices_and_leaves_the_rest_to_adamw():
     """Singular values of a matrix's first step are alike (AdamW's are not); embedding, norms and biases get AdamW's."""
     model = ModelConfig(
