@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
     vmem_bytes: int  # limit given to the compiler, a core
 
 
-def choose_blocks(chip, D: int, T: int, itemsize: int) -> Blocks:
+def choose_blocks(chip, D: int, T: int, itemsize: int, one_pass: bool | None = None) -> Blocks:
     """The blocks that keep the matrix units busy rather than the memory, as far as they fit.
 
     Forward: a tile of t tokens stays while the head streams past, 2 t D flops for each D x itemsize bytes, so t has
@@ -35,6 +35,7 @@ def choose_blocks(chip, D: int, T: int, itemsize: int) -> Blocks:
         chip: pltpu.TpuInfo, or anything with its vmem_capacity_bytes, mem_bw_bytes_per_second, bf16_ops_per_second
             and num_cores.
         T: tokens of a device; itemsize: bytes of an element of hidden states and head.
+        one_pass: the backward pass that is wanted, if it fits; None takes the faster one.
 
     Raises ValueError for a D whose smallest blocks do not fit.
     """
@@ -64,7 +65,8 @@ def choose_blocks(chip, D: int, T: int, itemsize: int) -> Blocks:
     best_two = min(two, key=lambda b: (waiting(4 * min(b) / itemsize), -b[0], -b[1]), default=None)
     cost_one = 3 * waiting(6 * best_one[1] / (itemsize + 8)) if best_one else float("inf")
     cost_two = 4 * waiting(4 * min(best_two) / itemsize) if best_two else float("inf")
-    one_pass = cost_one <= cost_two
+    if one_pass is None or not (one and two):
+        one_pass = cost_one <= cost_two
     return Blocks(
         best_forward, best_one if one_pass else best_two, one_pass, chip.num_cores, chip.vmem_capacity_bytes * 63 // 64
     )

@@ -24,7 +24,13 @@ def cycles(chip: str, program: str, T: int, D: int, V: int) -> tuple[int, list]:
     value and gradient by plain JAX with all logits and with N tokens at a time.
     """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    dump = Path(tempfile.mkdtemp(prefix="rpt-simulate-"))
+    with tempfile.TemporaryDirectory() as dump:
+        blocks = _compile(chip, program, T, D, V, Path(dump))
+        return sum(_profiled(path.read_text()) for path in Path(dump, "profile").iterdir()), blocks
+
+
+def _compile(chip, program, T, D, V, dump):
+    """Leaves a profile of every operation in dump/profile; returns the blocks."""
     (dump / "profile").mkdir()
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_static_llo_profile_to={dump}/profile"
     os.environ |= {
@@ -45,7 +51,7 @@ def cycles(chip: str, program: str, T: int, D: int, V: int) -> tuple[int, list]:
         function, shapes, blocks = _program(program, T, D, V)
         arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
         jax.jit(function).lower(*arguments).compile()
-    return sum(_profiled(path.read_text()) for path in (dump / "profile").iterdir()), blocks
+    return blocks
 
 
 def _profiled(profile: str) -> int:
@@ -75,7 +81,7 @@ def _program(program, T, D, V):
     chip = pltpu.get_tpu_info()
     if chip.num_cores == 1:  # with the profile's flags the compiler sets the limit aside once more
         chip = SmallerChip(chip)
-    blocks = choose_blocks(chip, D, T, 2)
+    blocks = choose_blocks(chip, D, T, 2, one_pass=program in ("forward", "one_pass"))
     plan = kernels.make_plan(blocks, jax.ShapeDtypeStruct(*head), False, None, True, False)
     if program == "forward":
         return (
