@@ -47,7 +47,8 @@ def choose_blocks(chip, D: int, T: int, itemsize: int, one_pass: bool | None = N
         return [(t, v) for t in tokens if t <= most for v in columns if need(t, v, D, itemsize) <= vmem]
 
     forward = fits(_forward_bytes, TOKENS, (512, 256, 128))
-    one = fits(_one_pass_bytes, (256, 128, 64, 32, 16), COLUMNS)
+    # A matmul over 128 tokens fills half of v6e's 256 x 256 units.
+    one = fits(_one_pass_bytes, (256,), COLUMNS) or fits(_one_pass_bytes, (128, 64, 32, 16), COLUMNS)
     two = fits(_two_pass_bytes, (512, 256, 128, 64, 32, 16), (512, 256, 128))
     if not forward or not (one or two):
         raise ValueError(

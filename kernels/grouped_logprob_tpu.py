@@ -222,8 +222,9 @@ def _one_pass_kernel(plan, tiles, *refs):
         def _():
             start(out=False)
 
+        _start_sum(sum_ref, token_tile == 0)
         d_TV = _d_logits(plan, tile, *inputs)
-        _add_d_head(plan, sum_ref, d_TV, hidden_ref, token_tile == 0)
+        _add_d_head(plan, sum_ref, d_TV, hidden_ref)
 
         @pl.when(column_tile > 0)
         def _():
@@ -261,11 +262,7 @@ def hidden_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
 
 def _hidden_kernel(plan, *refs):
     inputs, (dh_ref, sum_ref), step = refs[:5], refs[5:], pl.program_id(1)
-
-    @pl.when(step == 0)
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-
+    _start_sum(sum_ref, step == 0)
     _add_d_hidden(plan, sum_ref, _d_logits(plan, step, *inputs), inputs[3])
 
     @pl.when(step == pl.num_programs(1) - 1)
@@ -291,7 +288,8 @@ def head_pass(plan, token_tiles, scale, columns, hidden_TD, head, rows_T8):
 def _head_kernel(plan, *refs):
     inputs, (d_head_ref, sum_ref) = refs[:5], refs[5:]
     tile, step = pl.program_id(0), pl.program_id(1)
-    _add_d_head(plan, sum_ref, _d_logits(plan, tile, *inputs), inputs[2], step == 0)
+    _start_sum(sum_ref, step == 0)
+    _add_d_head(plan, sum_ref, _d_logits(plan, tile, *inputs), inputs[2])
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -323,13 +321,16 @@ def _d_logits(plan, tile, scale_ref, columns_ref, hidden_ref, head_ref, rows_ref
     return d_TV.astype(hidden_ref.dtype)
 
 
-def _add_d_head(plan, sum_ref, d_TV, hidden_ref, fresh):
-    """sum + h^T d, or h^T d where the sum is fresh."""
+def _start_sum(sum_ref, fresh):
+    """Before d logits: a condition between them and the matmuls would keep one from running beside the other."""
 
     @pl.when(fresh)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
+
+def _add_d_head(plan, sum_ref, d_TV, hidden_ref):
+    """sum + h^T d."""
     for at in range(0, hidden_ref.shape[1], WIDTH):
         part = slice(at, min(at + WIDTH, hidden_ref.shape[1]))
         if plan.tied:

@@ -79,9 +79,11 @@ def _program(program, T, D, V):
     if program.startswith("chunked "):
         return _plain(int(program.split()[1])), [hidden, head, rows, one, row], []
     chip = pltpu.get_tpu_info()
-    if chip.num_cores == 1:  # with the profile's flags the compiler sets the limit aside once more
+    if chip.num_cores == 1:  # with the profile's flags the compiler sets the kernel's limit aside once more
         chip = SmallerChip(chip)
     blocks = choose_blocks(chip, D, T, 2, one_pass=program in ("forward", "one_pass"))
+    if chip.num_cores == 1:
+        blocks = blocks._replace(vmem_bytes=60 << 20)
     plan = kernels.make_plan(blocks, jax.ShapeDtypeStruct(*head), False, None, True, False)
     if program == "forward":
         return (
@@ -103,7 +105,7 @@ class SmallerChip:
 
     def __init__(self, chip):
         self.mem_bw_bytes_per_second, self.bf16_ops_per_second = chip.mem_bw_bytes_per_second, chip.bf16_ops_per_second
-        self.num_cores, self.vmem_capacity_bytes = chip.num_cores, chip.vmem_capacity_bytes // 2
+        self.num_cores, self.vmem_capacity_bytes = chip.num_cores, int(chip.vmem_capacity_bytes * 0.5)
 
 
 def _plain(chunk):
