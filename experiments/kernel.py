@@ -35,7 +35,7 @@ def flat(figures: dict, prefix: str = "") -> dict:
         if isinstance(value, dict):
             row |= flat(value, f"{prefix}{name}.")
         else:
-            row[f"{prefix}{name}"] = round(value, 6) if isinstance(value, float) else value
+            row[f"{prefix}{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value
     return row
 
 
