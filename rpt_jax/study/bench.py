@@ -77,12 +77,11 @@ def _measured(config):
     peak = 2 * square.shape[0] ** 3 / min(taken.pop(("peak", "both")))  # flops a second in this process
 
     def row(name):
+        """Shares of the peak count one matmul forward and two backward: recomputing logits is no useful work."""
         forward, both = (float(np.median(taken[name, part])) for part in ("forward", "both"))
         return {
             "forward": _figures(forward, flops / peak, steps[name, "forward"]),
-            "backward": _figures(
-                both - forward, 2 * flops / peak, steps[name, "both"]
-            ),  # recomputation is no useful work
+            "backward": _figures(both - forward, 2 * flops / peak, steps[name, "both"]),
             "seconds": both,
         }
 
