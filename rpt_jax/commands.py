@@ -116,14 +116,15 @@ def run_pretrain(config: PretrainRun) -> dict:
         losses.append(metrics["loss"])
         log.info("step %d/%d  loss %.3f", step, settings.steps, metrics["loss"])
 
-    params = pretrain(
-        _init(model, config.seed, mesh),
-        model,
-        settings,
-        running_batches(examples, settings.batch_size, settings.sequence_length, config.seed),
-        report,
-        place=lambda batch: meshes.place(batch, meshes.batch_sharding(mesh)),
-    )
+    with jax.set_mesh(mesh):  # by which the scorer's kernel splits its work
+        params = pretrain(
+            _init(model, config.seed, mesh),
+            model,
+            settings,
+            running_batches(examples, settings.batch_size, settings.sequence_length, config.seed),
+            report,
+            place=lambda batch: meshes.place(batch, meshes.batch_sharding(mesh)),
+        )
     params = meshes.to_host(params)
     figures = {
         "policy": config.output,

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 import toy
 
@@ -58,6 +59,23 @@ def test_a_policy_is_not_written_over_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(InputError, match="is no policy folder and not empty"):
         commands.run_pretrain(PretrainRun(output=str(tmp_path), pretrain=PretrainConfig(batch_size=8)))
+
+
+def test_pretrain_tells_the_kernel_of_its_mesh(tmp_path, monkeypatch):
+    """Without jax.set_mesh CPUs would split its plain operations by themselves, but a TPU cannot split Pallas."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text * 9}) + "\n" for text in toy.TEXTS))
+    toy.train_sentencepiece(toy.TEXTS, 18, tmp_path / "tokenizer", model_type="char", byte_fallback=False)
+    settings = PretrainRun(
+        output=str(tmp_path / "base"),
+        corpus=CorpusConfig(files=(str(tmp_path / "text.jsonl"),), tokenizer=str(tmp_path / "tokenizer")),
+        model=toy.model(layers=1),
+        pretrain=PretrainConfig(batch_size=4, sequence_length=8, steps=1),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    )
+    meshes = toy.watch_kernel(monkeypatch)
+    figures = commands.run_pretrain(settings)
+    assert meshes and all(mesh == {"data": 2, "fsdp": 2, "tensor": 2} for mesh in meshes)
+    assert figures["loss"] == pytest.approx(np.log(18), rel=0.2)
 
 
 @pytest.mark.parametrize(

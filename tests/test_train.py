@@ -21,7 +21,7 @@ from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConf
 from rpt_jax.corpus.prompts import Template
 from rpt_jax.learning import checkpoints, collect, run_folder, train
 from rpt_jax.learning.update import init_state, make_optimizer
-from rpt_jax.mesh import make_mesh
+from rpt_jax.mesh import AXES, make_mesh
 from rpt_jax.policy import flops
 from rpt_jax.records import InputError
 
@@ -215,12 +215,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2)])
-def test_eight_devices_give_what_one_gives(tmp_path, shape):
-    """Up to rounding, and one device continues what eight began."""
+def test_eight_devices_give_what_one_gives(tmp_path, shape, monkeypatch):
+    """Up to rounding, and one device continues what eight began. The kernel knows the mesh: Pallas needs that."""
     rows = rows_of(finished()[0])
     config = settings(tmp_path, checkpoint=CheckpointConfig(every=2))
+    meshes = toy.watch_kernel(monkeypatch)
     with pytest.raises(Stop):
         run(config, mesh_of(*shape), report=stop_at(3))
+    assert meshes and all(mesh == dict(zip(AXES, shape, strict=True)) for mesh in meshes)
     assert_close(rows_of(tmp_path), rows[:3])
     with pytest.raises(Stop):
         run(config, report=stop_at(4))

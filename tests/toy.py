@@ -21,7 +21,7 @@ from rpt_jax.corpus import positions
 from rpt_jax.corpus.positions import Annotated, Positions
 from rpt_jax.corpus.prompts import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
-from rpt_jax.policy import decoder
+from rpt_jax.policy import decoder, scorer
 
 LETTERS = "abcdefgh"
 TEXTS = tuple(f"{letter} {(3 * i + 1) % 5}." for i, letter in enumerate(LETTERS))
@@ -102,6 +102,18 @@ def targets(repeat: int = 1) -> Positions:
     """The digits of all documents, each `repeat` times."""
     numbers = np.tile(np.arange(len(TEXTS), dtype=np.int32), repeat)
     return Positions(numbers, np.full_like(numbers, TARGET), np.full(len(numbers), np.log(5), np.float32))
+
+
+def watch_kernel(monkeypatch) -> list[dict[str, int]]:
+    """Filled with the mesh of jax.set_mesh, axes and sizes, each time that the scorer's kernel is traced."""
+    meshes, kernel = [], scorer.grouped_logprob
+
+    def watched(*arguments, **options):
+        meshes.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return kernel(*arguments, **options)
+
+    monkeypatch.setattr(scorer, "grouped_logprob", watched)
+    return meshes
 
 
 def arguments(**options) -> dict:
