@@ -60,7 +60,7 @@ def resolve(implementation: str, interpret: bool = False) -> str:
     if implementation == "pallas" and not (on_tpu or interpret):
         raise ValueError(
             f"implementation='pallas' runs on TPUs, and this is {jax.default_backend()}: use 'xla', 'reference', or "
-            "'auto', which takes the fastest that runs"
+            "'auto' (pallas on TPUs, xla elsewhere)"
         )
     if implementation == "auto":
         implementation = "pallas" if on_tpu else "xla"
