@@ -47,12 +47,7 @@ def _measured(config):
     T, D, V = config.tokens, config.width, config.vocabulary
     if T % config.chunk:
         raise InputError(f"bench: tokens={T} does not divide into chunks of chunk={config.chunk}: use a divisor")
-    random = np.random.default_rng(config.seed)
-    dtype = jnp.dtype(config.dtype)
-    hidden = jnp.asarray(random.normal(size=(T, D)) / D**0.5, dtype)
-    head = jnp.asarray(random.normal(size=(D, V)), dtype)
-    targets, weights = (jnp.asarray(a) for a in (random.integers(0, V, T), random.normal(size=T).astype(np.float32)))
-    arguments = hidden, head, targets, weights
+    arguments, square = _random_arrays(config)
     kernel = resolve("auto")
     functions = {
         kernel: functools.partial(grouped_logprob, temperature=0.7),
@@ -63,44 +58,57 @@ def _measured(config):
     for name, function in functions.items():
         steps[name, "forward"] = jax.jit(functools.partial(_value, function)).lower(*arguments).compile()
         steps[name, "both"] = jax.jit(functools.partial(_value_and_gradient, function)).lower(*arguments).compile()
-    square = jnp.asarray(random.normal(size=(2048, 2048)), dtype)
     multiply = jax.jit(jnp.dot).lower(square, square).compile()
-    steps["peak", "both"] = lambda *_: multiply(square, square)
-    taken = {key: [] for key in steps}
-    results = {key: step(*arguments) for key, step in steps.items()}
-    for _ in range(config.repeats):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(*arguments))
-            taken[key].append(time.perf_counter() - start)
-    flops = 2 * T * D * V
-    peak = 2 * square.shape[0] ** 3 / min(taken.pop(("peak", "both")))  # flops a second in this process
-
-    def row(name):
-        """Shares of the peak count one matmul forward and two backward: recomputing logits is no useful work."""
-        forward, both = (float(np.median(taken[name, part])) for part in ("forward", "both"))
-        return {
-            "forward": _figures(forward, flops / peak, steps[name, "forward"]),
-            "backward": _figures(both - forward, 2 * flops / peak, steps[name, "both"]),
-            "seconds": both,
-        }
-
-    found, exact = (jax.tree.leaves(results[name, "both"]) for name in (kernel, "full_logits"))
-    errors = [_distance(a, b) for a, b in zip(found, exact, strict=True)]
-    shape = {"tokens": T, "width": D, "vocabulary": V, "dtype": config.dtype}
-    own = row(kernel)
-    baselines = {name: row(name) for name in functions if name != kernel}
-    fastest = min(each["seconds"] for each in baselines.values())
+    results, taken = _in_turn(steps | {"peak": lambda *_: multiply(square, square)}, arguments, config.repeats)
+    peak = 2 * square.shape[0] ** 3 / min(taken["peak"])  # flops a second in this process
+    ideal = 2 * T * D * V / peak  # seconds of one matmul over all tokens
+    own, *others = (_row(name, steps, taken, ideal) for name in functions)
+    baselines = dict(zip(list(functions)[1:], others, strict=True))
+    fastest = min(each["seconds"] for each in others)
     held = own["backward"]["peak_bytes"] / baselines["full_logits"]["backward"]["peak_bytes"]
+    found, exact = (jax.tree.leaves(results[name, "both"]) for name in (kernel, "full_logits"))
     return {
         "target": jax.default_backend(),
         "implementation": kernel,
-        "shape": shape,
+        "shape": {"tokens": T, "width": D, "vocabulary": V, "dtype": config.dtype},
         **own,
         "baselines": baselines,
         "speed_over_fastest_baseline": fastest / own["seconds"],
         "memory_over_full_logits": held,
-        "max_relative_error": max(errors),
+        "max_relative_error": max(_distance(a, b) for a, b in zip(found, exact, strict=True)),
+    }
+
+
+def _random_arrays(config):
+    """((hidden, head, targets, weights), a square matrix for the peak)."""
+    T, D, V = config.tokens, config.width, config.vocabulary
+    random = np.random.default_rng(config.seed)
+    dtype = jnp.dtype(config.dtype)
+    hidden = jnp.asarray(random.normal(size=(T, D)) / D**0.5, dtype)
+    head = jnp.asarray(random.normal(size=(D, V)), dtype)
+    targets, weights = (jnp.asarray(a) for a in (random.integers(0, V, T), random.normal(size=T).astype(np.float32)))
+    return (hidden, head, targets, weights), jnp.asarray(random.normal(size=(2048, 2048)), dtype)
+
+
+def _in_turn(steps, arguments, repeats):
+    """({name: result}, {name: seconds of each repeat}) of steps that take turns, so that all see the same machine."""
+    results = {name: step(*arguments) for name, step in steps.items()}
+    taken = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(*arguments))
+            taken[name].append(time.perf_counter() - start)
+    return results, taken
+
+
+def _row(name, steps, taken, ideal):
+    """Shares of the peak count one matmul forward and two backward: recomputing logits is no useful work."""
+    forward, both = (float(np.median(taken[name, part])) for part in ("forward", "both"))
+    return {
+        "forward": _figures(forward, ideal, steps[name, "forward"]),
+        "backward": _figures(both - forward, 2 * ideal, steps[name, "both"]),
+        "seconds": both,
     }
 
 
