@@ -5,6 +5,7 @@ its own, since libtpu reads its flags when it is loaded and a program that is to
 is that of the compiler's static profile: the scheduled instructions and a model of the memory, the same every time.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -80,10 +81,8 @@ def _program(program, T, D, V):
         return _plain(int(program.split()[1])), [hidden, head, rows, one, row], []
     chip = pltpu.get_tpu_info()
     if chip.num_cores == 1:  # with the profile's flags the compiler sets the kernel's limit aside once more
-        chip = SmallerChip(chip)
+        chip = dataclasses.replace(chip, vmem_capacity_bytes=chip.vmem_capacity_bytes // 2)
     blocks = choose_blocks(chip, D, T, 2, one_pass=program in ("forward", "one_pass"))
-    if chip.num_cores == 1:
-        blocks = blocks._replace(vmem_bytes=60 << 20)
     plan = kernels.make_plan(blocks, jax.ShapeDtypeStruct(*head), False, None, True, False)
     if program == "forward":
         return (
@@ -98,14 +97,6 @@ def _program(program, T, D, V):
         [*scalars, hidden, head, ((T, 8), jnp.float32)],
         blocks.backward,
     )
-
-
-class SmallerChip:
-    """A chip with half of its VMEM."""
-
-    def __init__(self, chip):
-        self.mem_bw_bytes_per_second, self.bf16_ops_per_second = chip.mem_bw_bytes_per_second, chip.bf16_ops_per_second
-        self.num_cores, self.vmem_capacity_bytes = chip.num_cores, int(chip.vmem_capacity_bytes * 0.5)
 
 
 def _plain(chunk):
