@@ -31,6 +31,10 @@ def choose_blocks(chip, D: int, T: int, itemsize: int, one_pass: bool | None = N
     f32 dh pass in and out, 6 v D flops for D (itemsize + 8) bytes. Where VMEM holds too few columns for that (v4's
     16 MiB), two passes with four matmuls are faster than three that wait for memory.
 
+    A float32 matmul in full is six of bfloat16, so memory has six times as long and smaller tiles are enough. They have
+    to be: of 1024 x 5120 hidden states in float32 libtpu spills 84 MB, four times as much, on v5e and v5p. Simulated on
+    v5e, tiles of 128 tokens reach .88 of a sixth of the peak and 256 .89 (512 tokens, V 1024, start-up included).
+
     Args:
         chip: pltpu.TpuInfo, or anything with its vmem_capacity_bytes, mem_bw_bytes_per_second, bf16_ops_per_second
             and num_cores.
@@ -40,7 +44,8 @@ def choose_blocks(chip, D: int, T: int, itemsize: int, one_pass: bool | None = N
     Raises ValueError for a D whose smallest blocks do not fit.
     """
     vmem = int(chip.vmem_capacity_bytes * FILLED)
-    intensity = chip.bf16_ops_per_second / chip.mem_bw_bytes_per_second  # flops a byte at which both take as long
+    passes = 6 if itemsize == 4 else 1
+    intensity = chip.bf16_ops_per_second / passes / chip.mem_bw_bytes_per_second  # flops a byte: both take as long
     most = next((t for t in reversed(TOKENS) if t >= T), TOKENS[0])
 
     def fits(need, tokens, columns):

@@ -31,6 +31,18 @@ def test_a_14b_head_waits_for_memory_as_little_as_vmem_allows(name):
     assert blocks.cores == info.num_cores
 
 
+@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
+def test_float32_gets_the_smaller_tiles_that_six_matmuls_in_bfloat16_allow(name):
+    """Still no waiting for memory; libtpu spills four times h in float32 tiles of 512 tokens and more (v5p, v5e)."""
+    info, D = chip(name), 5120
+    blocks, half = (choose_blocks(info, D, 65536, itemsize) for itemsize in (4, 2))
+    needed = info.bf16_ops_per_second / 6 / info.mem_bw_bytes_per_second
+    assert 2 * blocks.forward[0] / 4 > needed and 6 * blocks.backward[1] / (4 + 4 + 4) > needed
+    assert blocks.one_pass and blocks.forward[0] < half.forward[0]
+    (t, v), vmem = blocks.forward, info.vmem_capacity_bytes
+    assert 2 * (t + v) * D * 4 + 4 * (t * D * 4) < vmem
+
+
 def test_few_tokens_get_small_blocks():
     blocks = choose_blocks(chip("v6e"), 5120, 20, 2)
     assert blocks.forward[0] == blocks.backward[0] == 32

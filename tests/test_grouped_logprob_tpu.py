@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from rpt_jax.kernels.grouped_logprob import grouped_logprob
 
-topology, options, tensor, tied, (T, D, V) = *json.loads(sys.argv[1]),
+topology, options, tensor, tied, dtype, (T, D, V) = *json.loads(sys.argv[1]),
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 mesh = Mesh(np.array(devices[:tensor]).reshape(1, 1, tensor), ("data", "fsdp", "tensor"))
 
@@ -40,7 +40,7 @@ def loss(hidden, head, targets, mask, temperature):
 
 shape, axes = ((V, D), ("tensor", None)) if tied else ((D, V), (None, "tensor"))
 arrays = (
-    spec((T, D), jnp.bfloat16, ("data", "fsdp")), spec(shape, jnp.bfloat16, *axes),
+    spec((T, D), dtype, ("data", "fsdp")), spec(shape, dtype, *axes),
     spec((T,), jnp.int32, ("data", "fsdp")), spec((T,), jnp.bool_, ("data", "fsdp")), spec((), jnp.float32),
 )
 with jax.set_mesh(mesh):
@@ -54,27 +54,52 @@ print(json.dumps({"kernels": kernels, "largest": held}))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
-@pytest.mark.parametrize(("tensor", "tied"), [(1, False), (4, True)])
-@pytest.mark.parametrize(
-    ("topology", "options", "kernels"),
-    [("v4:2x2x1", {"chip_config_name": "megacore"}, 3), ("v5e:2x2", {}, 2), ("v5p:2x2x1", {}, 2), ("v6e:2x2", {}, 2)],
-)
-def test_forward_and_backward_compile_without_logits(topology, options, kernels, tensor, tied):
-    """At full size, alone and split over tensor=4.
+TOPOLOGIES = {
+    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
+    "v5e": ("v5e:2x2", {}),
+    "v5p": ("v5p:2x2x1", {}),
+    "v6e": ("v6e:2x2", {}),
+}
+LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 
-    Of all arrays of the compiled program but the head and its gradient, the largest, f32 dh, is no more than a
-    twentieth of [tokens, vocab] in float32.
-    """
-    job = json.dumps([topology, options, tensor, tied, (T, D, V)])
+
+def compile_for(chip, dtype, sizes, tensor=1, tied=False):
+    """{kernels: how many, largest: bytes of the largest array but the head} of value and gradient on a chip."""
+    job = json.dumps([*TOPOLOGIES[chip], tensor, tied, dtype, sizes])
     extra = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, job], env=os.environ | extra, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kernels"] == kernels  # forward and backward; v4 has two backward kernels
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@LIBTPU
+@pytest.mark.parametrize(("tensor", "tied"), [(1, False), (4, True)])
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_forward_and_backward_compile_without_logits(chip, tensor, tied):
+    """At full size, alone and split over tensor=4.
+
+    Of all arrays of the compiled program but the head and its gradient, the largest, f32 dh, is no more than a
+    twentieth of [tokens, vocab] in float32.
+    """
+    found = compile_for(chip, "bfloat16", (T, D, V), tensor, tied)
+    assert found["kernels"] == (3 if chip == "v4" else 2)  # forward and backward; v4 has two backward kernels
     assert found["largest"] <= T * V * 4 / 20
+
+
+@LIBTPU
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_float32_compiles_without_logits(chip):
+    """Full multiplication takes VMEM of its own, and inputs are twice as large."""
+    found = compile_for(chip, "float32", (T, D, V))
+    assert found["kernels"] == 2 and found["largest"] <= T * V * 4 / 20
+
+
+@LIBTPU
+def test_a_vocabulary_smaller_than_any_tile_compiles():
+    """The sizes of the quickstart's policy."""
+    assert compile_for("v5e", "float32", (T, 128, 116))["kernels"] == 2
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 48])
