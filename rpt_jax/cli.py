@@ -18,7 +18,11 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
-    ("bench", "kernel", "speed and memory of the log-prob kernel, here or on a simulated TPU"),
+    ("bench", "WHAT", "speed and memory: the log-prob kernel, or a step and its parts"),
+)
+BENCHES = (
+    ("kernel", "", "speed and memory of the log-prob kernel, here or on a simulated TPU"),
+    ("step", "", "speed and memory of a step's rollout, scoring and update, and of all of it"),
 )
 USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
 HINTS = """
@@ -62,14 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """The commands on one screen."""
     width = max(len(f"{name} {takes}") for name, takes, _ in COMMANDS)
-    lines = [f"  {f'{name} {takes}':{width}}  {does}" for name, takes, does in COMMANDS]
-    return "\n".join([USAGE, *lines, HINTS])
+    return "\n".join([USAGE, *_lines(COMMANDS, width), HINTS])
+
+
+def _lines(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
+    return [f"  {f'{name} {takes}':{width}}  {does}" for name, takes, does in rows]
 
 
 def run(command: str, words: list[str]) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
     from rpt_jax import commands, config
-    from rpt_jax.records import InputError
 
     takes = next(takes for name, takes, _ in COMMANDS if name == command)
     given = words.pop(0) if takes and words and not words[0].startswith("-") else ""
@@ -83,22 +89,38 @@ def run(command: str, words: list[str]) -> dict:
         start = commands.part_of(commands.AnnotateRun, config.load_experiment(given)) if given else None
         return commands.run_annotate(parse(command, start or commands.AnnotateRun(), words))
     if command == "bench":
-        from rpt_jax.study import bench
-
-        if given != "kernel" and "--help" not in words:
-            raise InputError(f"bench: {given or 'nothing'} cannot be measured: use `rpt bench kernel`")
-        return bench.bench_kernel(parse(command, bench.KernelBench(), words))
+        return run_bench(given, words)
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
     return commands.run_evaluate(parse(command, start, words))
 
 
+def run_bench(what: str, words: list[str]) -> dict:
+    """Reads the settings of a benchmark and runs it; returns its figures."""
+    if not what and {"-h", "--help"} & set(words):
+        usage = "usage: rpt bench WHAT [options]; `rpt bench WHAT --help` lists its settings.\n"
+        print("\n".join([usage, *_lines(BENCHES, len("kernel "))]))
+        raise SystemExit(0)
+    if what == "kernel":
+        from rpt_jax.study import bench
+
+        return bench.bench_kernel(parse("bench kernel", bench.KernelBench(), words))
+    if what == "step":
+        from rpt_jax.study import bench_step
+
+        return bench_step.bench_step(parse("bench step", bench_step.StepBench(), words))
+    from rpt_jax.records import InputError
+
+    raise InputError(f"bench: {what or 'nothing'} cannot be measured: use `rpt bench kernel` or `rpt bench step`")
+
+
 def parse(command: str, default, words: list[str]):
     """The dataclass of `default` with what the flags change; --help lists all of them, in groups."""
     import tyro
 
-    _, takes, does = next(row for row in COMMANDS if row[0] == command)
+    rows = [*COMMANDS, *((f"bench {name}", takes, does) for name, takes, does in BENCHES)]
+    _, takes, does = next(row for row in rows if row[0] == command)
     text = f"{does[0].upper()}{does[1:]}.\n\n{type(default).__doc__}"
     if takes:
         text += f"\n\nUsage: rpt {command} {takes} [options]."

@@ -42,12 +42,22 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", [name for name, _, _ in cli.COMMANDS])
+COMMANDS = [name for name, _, _ in cli.COMMANDS if name != "bench"] + [f"bench {name}" for name, _, _ in cli.BENCHES]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_lists_its_settings(capsys, command):
     with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     output = capsys.readouterr().out
     assert ended.value.code == 0 and f"usage: rpt {command}" in output and "--seed INT" in output
+
+
+def test_bench_lists_what_it_measures(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--help"])
+    output = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"\n  {name} " in output for name in ("kernel", "step"))
 
 
 def test_bad_input_through_the_real_command(tmp_path):

@@ -1,0 +1,127 @@
+"""`rpt bench step`: the workload is the one that other implementations draw, and figures are of what they say."""
+
+import inspect
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from rpt_jax import cli
+from rpt_jax.policy import flops, sampler
+from rpt_jax.study import bench_step, stopwatch
+from rpt_jax.study.bench_step import StepBench, measure_here
+from rpt_jax.study.bench_workload import WORKLOADS, Workload, draw_data, draw_params
+
+SMALL = {"vocabulary": 64, "prompt": 8, "prompts": 2, "group": 2, "tokens": 4, "width": 16, "layers": 2, "heads": 2}
+SMALL |= {"kv_heads": 1, "head_channels": 8, "hidden": 24}
+FLAGS = [word for name, size in SMALL.items() for word in (f"--workload.{name.replace('_', '-')}", str(size))]
+PHASES = ("rollout", "score", "update", "e2e")
+
+
+def test_w1_has_the_log_probs_that_other_implementations_find():
+    """google-tunix 0.1.7 and TRL 1.14 to 1.16 agree on these to seven digits: mean, and the first three tokens."""
+    workload = WORKLOADS["W1"]
+    params, data = draw_params(workload), draw_data(workload)
+    logprobs_NGR = np.asarray(bench_step._logprobs(params, data, workload.model), np.float64)
+    assert logprobs_NGR.shape == (8, 8, 64)
+    assert logprobs_NGR.mean() == pytest.approx(-9.808802, abs=1e-5)
+    assert logprobs_NGR[0, 0, :3] == pytest.approx([-9.76075, -10.88222, -10.36410], abs=2e-5)
+    assert sum(x.size for x in jax.tree.leaves(params)) == 10_494_208
+
+
+def test_figures_of_every_phase(capsys):
+    """Through the real command and its process: a sample of each group's own, log-probs near chance, one policy."""
+    core = min(os.sched_getaffinity(0))
+    words = ["--repeats", "2", "--cores", str(core), "--json"]
+    assert cli.main(["bench", "step", *FLAGS, *words]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["workload"] == "custom" and SMALL.items() <= figures["shape"].items()
+    assert figures["cores"] == [core] and figures["repeats"] == 2 and figures["backend"] == "cpu"
+    assert {"rpt_jax", "jax", "jaxlib", "numpy"} <= figures["versions"].keys()
+    for phase in PHASES:
+        row = figures[phase]
+        assert row["s"]["n"] == row["cpu_s"]["n"] == 2
+        assert 0 < row["s"]["min"] <= row["s"]["median"] <= row["s"]["max"]
+        assert row["first_call_s"] > 0 and row["peak_rss_mib"] > 0
+        assert math.isfinite(row["share_of_matmul_peak"]) and row["share_of_matmul_peak"] > 0
+    work = flops.sampling(Workload(**SMALL).model, 2, 16, 4, 16)
+    assert [figures[phase]["flops"] / work for phase in PHASES] == [1, 1, 3, 4]
+    rate, seconds = figures["rollout"]["tokens_per_s"], figures["rollout"]["s"]
+    assert rate["max"] * seconds["min"] == pytest.approx(16) and rate["median"] * seconds["median"] == pytest.approx(16)
+    checks = figures["checks"]
+    assert checks["rollout_lengths"] == [4] and checks["rollout_distinct_in_group"] == 2
+    assert checks["score_mean"] == pytest.approx(-math.log(64), abs=1) and len(checks["score_seq0"]) == 3
+    assert checks["checked_updates"] == 4 and checks["update_adv_dlogp"] > 0
+    assert 0 <= checks["e2e_mismatch_max"] < 1e-4
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The peak from small products."""
+    monkeypatch.setattr(stopwatch, "SIDE", 16)
+
+
+def test_the_update_is_checked_after_five_whatever_the_repeats(quick):
+    def gained(repeats):
+        config = StepBench(Workload(**SMALL), phases=("update",), repeats=repeats)
+        return measure_here(config)["checks"]
+
+    three, six = gained(3), gained(6)
+    assert three == six and three["checked_updates"] == 5
+    assert gained(2)["update_adv_dlogp"] < three["update_adv_dlogp"]
+
+
+def test_ragged_responses_are_the_full_ones_cut(quick):
+    """Lengths as a coin decides them, within the limit; the log-probs of what is left do not change."""
+    many = Workload(**SMALL | {"prompts": 500, "tokens": 64}, lengths="geometric", mean_length=5.0)
+    lengths_NG = draw_data(many).lengths_NG
+    assert lengths_NG.min() == 1 and lengths_NG.max() <= 64 and lengths_NG.mean() == pytest.approx(5, rel=0.1)
+    workload = Workload(**SMALL | {"tokens": 12}, lengths="geometric", mean_length=4.0)
+    full, ragged = draw_data(Workload(**SMALL | {"tokens": 12})), draw_data(workload)
+    live_NGR = np.arange(12)[None, None, :] < ragged.lengths_NG[:, :, None]
+    assert 0 < live_NGR.mean() < 1
+    np.testing.assert_array_equal(ragged.tokens_NGR, np.where(live_NGR, full.tokens_NGR, 0))
+    np.testing.assert_array_equal(ragged.advantages_NG, full.advantages_NG)
+    exact_NGR = np.asarray(bench_step._logprobs(draw_params(workload), full, workload.model))
+    figures = measure_here(StepBench(workload, phases=("score", "update"), repeats=1))
+    assert figures["checks"]["score_mean"] == pytest.approx(exact_NGR[live_NGR].mean(), abs=1e-5)
+    assert figures["score"]["flops"] == flops.sampling(workload.model, 2, 16, 4, int(live_NGR.sum()))
+
+
+@pytest.mark.skipif("limits_NG" not in inspect.signature(sampler.sample).parameters, reason="sample takes no limits")
+def test_ragged_rollouts_have_the_lengths_of_the_responses(quick):
+    workload = Workload(**SMALL | {"tokens": 12}, lengths="geometric", mean_length=4.0)
+    figures = measure_here(StepBench(workload, phases=("rollout", "e2e"), repeats=1))
+    lengths_NG = draw_data(workload).lengths_NG
+    assert figures["checks"]["rollout_lengths"] == sorted(set(lengths_NG.ravel().tolist()))
+    row = figures["rollout"]
+    assert row["tokens_per_s"]["median"] * row["s"]["median"] == pytest.approx(lengths_NG.sum())
+
+
+def test_advantages_are_those_of_rewards_in_units_of_the_sample():
+    """Each group's add up to nothing and have the standard deviation 1, counted with G - 1, or are all 0."""
+    advantages_NG = draw_data(WORKLOADS["W1"]).advantages_NG
+    assert advantages_NG.shape == (8, 8) and np.any(advantages_NG)
+    for advantages_G in advantages_NG:
+        assert len(set(advantages_G.tolist())) <= 2
+        np.testing.assert_allclose(advantages_G.sum(), 0, atol=1e-5)
+        np.testing.assert_allclose(advantages_G.std(ddof=1), np.any(advantages_G), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeats", "0"], "repeats=0, warmup=1: use one phase or more, repeats of 1 or more"),
+        (["--phases"], "phases=[], repeats=5"),
+        (["--cores", "100000"], "cores='100000': use some of 0"),
+        (["--workload.group", "1"], "workload.group=1: use 2 or more"),
+        (["--workload.kv-heads", "3"], "model.heads=8 is no multiple of model.kv_heads=3"),
+    ],
+)
+def test_what_cannot_be_measured_stops_before_the_process_starts(capsys, monkeypatch, words, message):
+    monkeypatch.setattr(bench_step, "run_for_json", None)
+    assert cli.main(["bench", "step", *words]) == 2
+    assert message in capsys.readouterr().err
