@@ -18,11 +18,12 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
-    ("bench", "WHAT", "speed and memory: the log-prob kernel, or a step and its parts"),
+    ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
 )
 BENCHES = (
     ("kernel", "", "speed and memory of the log-prob kernel, here or on a simulated TPU"),
     ("step", "", "speed and memory of a step's rollout, scoring and update, and of all of it"),
+    ("compare", "PEER.py", "the same beside another implementation, measured by its script"),
 )
 USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
 HINTS = """
@@ -100,7 +101,7 @@ def run_bench(what: str, words: list[str]) -> dict:
     """Reads the settings of a benchmark and runs it; returns its figures."""
     if not what and {"-h", "--help"} & set(words):
         usage = "usage: rpt bench WHAT [options]; `rpt bench WHAT --help` lists its settings.\n"
-        print("\n".join([usage, *_lines(BENCHES, len("kernel "))]))
+        print("\n".join([usage, *_lines(BENCHES, len("compare PEER.py"))]))
         raise SystemExit(0)
     if what == "kernel":
         from rpt_jax.study import bench
@@ -110,9 +111,17 @@ def run_bench(what: str, words: list[str]) -> dict:
         from rpt_jax.study import bench_step
 
         return bench_step.bench_step(parse("bench step", bench_step.StepBench(), words))
+    if what == "compare":
+        from rpt_jax.study import bench_compare
+
+        peer = words.pop(0) if words and not words[0].startswith("-") else ""
+        return bench_compare.compare(peer, parse("bench compare", bench_compare.CompareBench(), words))
     from rpt_jax.records import InputError
 
-    raise InputError(f"bench: {what or 'nothing'} cannot be measured: use `rpt bench kernel` or `rpt bench step`")
+    raise InputError(
+        f"bench: {what or 'nothing'} cannot be measured: "
+        "use `rpt bench kernel`, `rpt bench step` or `rpt bench compare PEER.py`"
+    )
 
 
 def parse(command: str, default, words: list[str]):

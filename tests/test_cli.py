@@ -57,7 +57,7 @@ def test_bench_lists_what_it_measures(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", "--help"])
     output = capsys.readouterr().out
-    assert ended.value.code == 0 and all(f"\n  {name} " in output for name in ("kernel", "step"))
+    assert ended.value.code == 0 and all(f"\n  {name} " in output for name in ("kernel", "step", "compare"))
 
 
 def test_bad_input_through_the_real_command(tmp_path):

@@ -58,6 +58,7 @@ ORDER = [
     "rpt_jax.study.stopwatch",
     "rpt_jax.study.bench_workload",
     "rpt_jax.study.bench_step",
+    "rpt_jax.study.bench_compare",
     "rpt_jax.study.base",
     "rpt_jax.study.quickstart_results",
     "rpt_jax.study.quickstart",
