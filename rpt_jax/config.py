@@ -128,7 +128,8 @@ class SampleConfig:
     min_p: float = 0.0  # relative to the most probable token; 0: off
     max_tokens: int = 8192  # R, response limit (paper: 8192)
     end_tokens: tuple[str, ...] = ()  # pieces that end a response; empty: the tokenizer's end-of-text token
-    tokens_per_call: int = 32  # decode steps between looks at which rollouts have ended
+    tokens_per_call: int = 32  # decode steps between looks at the host, fewer where enough rollouts have ended
+    slots: int = 0  # rollouts decoded at one time, the others wait; 0: all of a batch
 
     def check(self) -> None:
         if self.max_tokens < 1 or self.tokens_per_call < 1:
@@ -161,7 +162,8 @@ class UpdateConfig:
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     kl_coefficient: float = 0.0  # to the starting policy, k3 estimator (paper: 0)
     entropy_coefficient: float = 0.0  # bonus (paper: 0)
-    microbatches: int = 1  # gradient accumulation; divides the prompts of a step
+    microbatches: int = 1  # gradient accumulation, parts of like many tokens; divides the prompts of a step
+    check_shared_prefix: Literal["never", "first_step", "every_shape"] = "first_step"  # against whole sequences, a few
     token_chunk: int = 0  # tokens whose logits exist at one time where no Pallas kernel runs; 0: by the backend
 
 

@@ -110,9 +110,35 @@ def param_shardings(mesh: Mesh, logical_axes: Params, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(sharding, logical_axes, params, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis over data and fsdp, the others whole; fits arrays of one axis and more."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis over data and fsdp, the others whole; fits arrays that have that axis and more."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return _parts(BATCH, mesh)
+
+
+def rows_over_mesh(array):
+    """The array with its first axis over data and fsdp of jax.set_mesh's mesh, and the others whole, if that divides.
+
+    Said where the compiler would otherwise spread activations as it does the matrix that made them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    over = tuple(axis for axis in BATCH if axis in mesh.shape)
+    if mesh.empty or AxisType.Manual in mesh.axis_types or array.shape[0] % int(np.prod([mesh.shape[a] for a in over])):
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(over))
+
+
+def gathered_rows(table_VD):
+    """The matrix with its rows over `tensor` only: rows looked up in it then lie where their indices do."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return table_VD
+    over = "tensor" if "tensor" in mesh.shape and table_VD.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(table_VD, PartitionSpec(over, None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

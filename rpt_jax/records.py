@@ -59,3 +59,4 @@ class Batch:
     lengths_NG: Array
     logprobs_NGR: Array  # the sampler's, for the mismatch metric and, off-policy, the ratio
     advantages_NG: Array
+    stream: Any = None  # policy.stream.Stream of these very rows, [microbatches, units, ...]; None: padding runs along

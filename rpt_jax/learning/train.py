@@ -8,7 +8,6 @@ random keys are functions of seed, step and position.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import logging
 import signal
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Config, ModelConfig, UpdateConfig
+from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus.positions import (
     AnnotatedDocuments,
     Position,
@@ -34,12 +33,19 @@ from rpt_jax.corpus.prompts import Template, assemble, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.learning import checkpoints, preemption, progress, run_folder
 from rpt_jax.learning.advantages import group_advantages
-from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
-from rpt_jax.learning.update import TrainState, init_state, make_optimizer, require_finite, train_step
-from rpt_jax.mesh import batch_sharding, check_batch_divides, make_mesh, param_shardings, place
+from rpt_jax.learning.batch import check_shared_prefix, pack, shape_of
+from rpt_jax.learning.collect import Source, collect, end_ids, shown
+from rpt_jax.learning.update import (
+    TrainState,
+    init_state,
+    make_optimizer,
+    require_finite,
+    response_logprobs,
+    train_step,
+)
+from rpt_jax.mesh import check_batch_divides, make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
 from rpt_jax.policy.proxy import fingerprint
-from rpt_jax.policy.scorer import score
 from rpt_jax.records import Batch, InputError, Params
 
 log = logging.getLogger(__name__)
@@ -170,6 +176,7 @@ class Run:
     record: run_folder.RunLog
     manager: checkpoints.Manager
     told: preemption.Preemption
+    shapes: set = dataclasses.field(default_factory=set)  # of the batches that this process has updated with
 
 
 def _loop(
@@ -186,7 +193,11 @@ def _loop(
                 _maybe_evaluate(run, state, step, evaluated)
                 groups, queue, row = collect(run.source, state.params, stream, queue, step)
             began = time.perf_counter()
-            state, metrics = _update(run, state, pack(groups, config.update, run.source.mesh))
+            advantages_NG = group_advantages(
+                groups.rewards_NG, config.update.advantage, config.update.advantage_epsilon
+            )
+            batch = pack(groups.prompts, groups.rollouts, advantages_NG, config.update, run.source.mesh)
+            state, metrics = _update(run, state, batch)
             require_finite(metrics, step + 1)
             state = jax.device_put(state, shardings)  # moves nothing, unless the compiler chose another layout
             done, host = step + 1, _host_state(stream, queue)
@@ -230,9 +241,10 @@ def _update(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict
     limit = config.sample.max_tokens if config.update.aggregate == "constant" else None
     reference_NGR = None
     if run.reference is not None:
-        reference_NGR = _reference_logprobs(
-            run.reference, batch, config.sample.temperature, model=model, token_chunk=config.update.token_chunk
+        reference_NGR = response_logprobs(
+            run.reference, batch, config.sample.temperature, model=model, config=config.update
         )
+    _maybe_check(run, state.params, batch)
     state, metrics = train_step(
         state,
         batch,
@@ -246,24 +258,17 @@ def _update(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict
     return state, {name: value.item() for name, value in jax.device_get(metrics).items()}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "token_chunk"))
-def _reference_logprobs(params, batch, temperature, *, model, token_chunk):
-    prompts, responses = (batch.prompt_tokens_NT, batch.prompt_lengths_N), (batch.tokens_NGR, batch.lengths_NG)
-    return score(params, model, *prompts, *responses, temperature, token_chunk)[0]
-
-
-def pack(groups: Groups, config: UpdateConfig, mesh: Mesh) -> Batch:
-    """What an update reads, on the mesh: prompts, responses, advantages."""
-    advantages_NG = group_advantages(groups.rewards_NG, config.advantage, config.advantage_epsilon)
-    batch = Batch(
-        prompt_tokens_NT=groups.prompts.tokens_NT,
-        prompt_lengths_N=groups.prompts.lengths_N,
-        tokens_NGR=groups.rollouts.tokens_NGR,
-        lengths_NG=groups.rollouts.lengths_NG,
-        logprobs_NGR=groups.rollouts.logprobs_NGR,
-        advantages_NG=np.asarray(advantages_NG),
-    )
-    return place(batch, batch_sharding(mesh))
+def _maybe_check(run: Run, params: Params, batch: Batch) -> None:
+    """Compares shared prefixes with whole sequences if that is asked for at this batch."""
+    config, shape = run.source.config, shape_of(batch)
+    when = config.update.check_shared_prefix
+    if when == "never" or shape in run.shapes or (when == "first_step" and run.shapes):
+        run.shapes.add(shape)
+        return
+    run.shapes.add(shape)
+    options = {"model": run.source.model, "config": config.update, "mesh": run.source.mesh}
+    apart = check_shared_prefix(params, batch, config.sample.temperature, **options)
+    log.info("shared prefixes give the log-probs of whole sequences: %.1e nats apart on average", apart)
 
 
 def with_rates(row: dict, model: ModelConfig) -> dict:

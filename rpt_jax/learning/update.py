@@ -141,16 +141,7 @@ def token_losses(
 def _part_loss(params, part, model, config, temperature):
     """Loss of one microbatch, (sums over its tokens, largest mismatch); every sum is meant for the whole step."""
     batch, weights_NGR, reference_NGR = part
-    logprobs_NGR, entropies_NGR = score(
-        params,
-        model,
-        batch.prompt_tokens_NT,
-        batch.prompt_lengths_N,
-        batch.tokens_NGR,
-        batch.lengths_NG,
-        temperature,
-        config.token_chunk,
-    )
+    logprobs_NGR, entropies_NGR = _score(params, batch, model, config, temperature)
     losses_NGR, clipped_NGR = token_losses(logprobs_NGR, entropies_NGR, batch, config, reference_NGR)
     loss = jnp.sum(jnp.where(weights_NGR > 0, losses_NGR, 0.0) * weights_NGR)
     apart_NGR = jnp.where(weights_NGR > 0, jax.lax.stop_gradient(logprobs_NGR) - batch.logprobs_NGR, 0.0)
@@ -164,6 +155,12 @@ def _part_loss(params, part, model, config, temperature):
         back_NGR = jnp.where(weights_NGR > 0, reference_NGR - jax.lax.stop_gradient(logprobs_NGR), 0.0)
         sums["kl"] = jnp.sum(jnp.exp(back_NGR) - back_NGR - 1)
     return loss, (sums, jnp.max(jnp.abs(apart_NGR)))
+
+
+def _score(params, batch, model, config, temperature):
+    """Log-probs and entropies of one microbatch."""
+    prompts, responses = (batch.prompt_tokens_NT, batch.prompt_lengths_N), (batch.tokens_NGR, batch.lengths_NG)
+    return score(params, model, *prompts, *responses, temperature, config.token_chunk, stream=batch.stream)
 
 
 def loss_and_gradients(
@@ -183,10 +180,10 @@ def loss_and_gradients(
     if config.kl_coefficient and reference_NGR is None:
         raise ValueError(f"kl_coefficient={config.kl_coefficient} needs the reference policy's log-probs")
     weights_NGR = token_weights(batch.lengths_NG, batch.tokens_NGR.shape[2], config.aggregate, response_limit)
-    part = batch, weights_NGR, reference_NGR
+    parts = _split(batch, config.microbatches), *_split((weights_NGR, reference_NGR), config.microbatches)
     evaluate = jax.value_and_grad(_part_loss, has_aux=True)
     if config.microbatches == 1:
-        (loss, (sums, peak)), gradients = evaluate(params, part, model, config, temperature)
+        (loss, (sums, peak)), gradients = evaluate(params, jax.tree.map(_first, parts), model, config, temperature)
     else:
 
         def body(total, part):
@@ -194,21 +191,43 @@ def loss_and_gradients(
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, gradients), (loss, aux)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        parts = jax.tree.map(lambda x: _split(x, config.microbatches), part)
         gradients, (losses, (sums, peaks)) = jax.lax.scan(body, zeros, parts)
         loss, sums, peak = losses.sum(), {name: x.sum() for name, x in sums.items()}, peaks.max()
     tokens = jnp.maximum(jnp.sum(batch.lengths_NG), 1)
     return loss, gradients, {name: x / tokens for name, x in sums.items()} | {"mismatch_max": peak}
 
 
-def _split(array, parts):
-    """[N, ...] -> [parts, N / parts, ...], part j with prompts j, j + parts, ...: each spread over all devices."""
-    if array.shape[0] % parts:
-        raise InputError(
-            f"a batch of {array.shape[0]} prompts does not divide into update.microbatches={parts}: "
-            f"use a batch of {parts * -(-array.shape[0] // parts)} prompts or other microbatches"
-        )
-    return jnp.asarray(array).reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+def _split(tree, parts):
+    """[N, ...] -> [parts, N / parts, ...], part j with prompts j, j + parts, ...: each spread over all devices.
+
+    The stream of a Batch is split already.
+    """
+
+    def split(array):
+        if array.shape[0] % parts:
+            raise InputError(
+                f"a batch of {array.shape[0]} prompts does not divide into update.microbatches={parts}: "
+                f"use a batch of {parts * -(-array.shape[0] // parts)} prompts or other microbatches"
+            )
+        return jnp.asarray(array).reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+
+    if isinstance(tree, Batch):
+        return jax.tree.map(split, tree.replace(stream=None)).replace(stream=tree.stream)
+    return jax.tree.map(split, tree)
+
+
+def _first(array):
+    return array[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def response_logprobs(
+    params: Params, batch: Batch, temperature: Array | float, *, model: ModelConfig, config: UpdateConfig
+) -> Array:
+    """logprobs_NGR of a batch under any parameters, by the way that the update takes and as many microbatches."""
+    parts = _split(batch, config.microbatches)
+    logprobs = jax.lax.map(lambda part: _score(params, part, model, config, temperature)[0], parts)
+    return logprobs.swapaxes(0, 1).reshape(batch.tokens_NGR.shape)
 
 
 def apply_gradients(
@@ -260,18 +279,21 @@ def train_step(
 
     Metrics, over the response tokens of the step: loss, gradient_norm, learning_rate, finite, entropy (nats),
     mismatch_mean and mismatch_max |log-prob(scorer) - log-prob(sampler)|, ratio_mean exp(scorer - sampler),
-    clip_share, kl (if asked for), prompt_tokens, response_tokens, sharing_ratio G (P + R) / (P + G R): how many
-    tokens would run through the decoder without shared prefixes, over those that do.
+    clip_share, kl (if asked for), prompt_tokens, response_tokens, sharing_ratio: how many tokens would
+    run through the decoder without shared prefixes, over those that do; about G (P + R) / (P + G R), and more where
+    prompts have a beginning in common.
     """
     loss, gradients, metrics = loss_and_gradients(
         state.params, batch, temperature, response_limit, reference_NGR, model=model, config=config
     )
     state, more = apply_gradients(state, loss, gradients, config, steps)
     prompts, responses = jnp.sum(batch.prompt_lengths_N), jnp.sum(batch.lengths_NG)
-    G = batch.lengths_NG.shape[1]
+    G, run = batch.lengths_NG.shape[1], prompts + responses
+    if batch.stream is not None:
+        run = jnp.sum(batch.stream.positions_UT >= 0)
     counts = {
         "prompt_tokens": prompts,
         "response_tokens": responses,
-        "sharing_ratio": (G * prompts + responses) / (prompts + responses),
+        "sharing_ratio": (G * prompts + responses) / run,
     }
     return state, more | metrics | counts

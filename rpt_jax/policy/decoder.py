@@ -15,8 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from rpt_jax.config import ModelConfig, RopeScaling
+from rpt_jax.mesh import gathered_rows, rows_over_mesh
+from rpt_jax.policy.attention import attend, attend_in_blocks
+from rpt_jax.policy.stream import Stream
 from rpt_jax.records import Array, Params
 
 
@@ -64,42 +68,15 @@ def _rope_gain(scaling: RopeScaling) -> float:
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
 
 
-def rotate(x_BHTC: Array, positions_BT: Array, config: ModelConfig) -> Array:
+def rotate(x_BTHC: Array, positions_BT: Array, config: ModelConfig) -> Array:
     """Rotary embedding, pairs (i, i + C/2) as Hugging Face checkpoints have them; float32 inside."""
     frequencies_C = rope_frequencies(config.head_channels, config.rope_theta, config.rope_scaling)
-    angles_B1TC = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies_C[None, None, None, :]
+    angles_BT1C = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_C[None, None, None, :]
     gain = _rope_gain(config.rope_scaling)
-    cos_B1TC, sin_B1TC = jnp.cos(angles_B1TC) * gain, jnp.sin(angles_B1TC) * gain
-    left, right = jnp.split(x_BHTC.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos_B1TC - right * sin_B1TC, right * cos_B1TC + left * sin_B1TC], axis=-1)
-    return turned.astype(x_BHTC.dtype)
-
-
-def attend(q_BHTC: Array, positions_BT: Array, sources: tuple) -> Array:
-    """Exact softmax attention of B x T queries over all sources together; [B, H, T, C].
-
-    sources: (k_NKSC, v_NKSC, positions_NS) each; a source with N rows serves B = N*G query rows, G in a row, and is
-    read once for the whole group. Scores and softmax are float32.
-    """
-    B, H, T, C = q_BHTC.shape
-    K = sources[0][0].shape[1]
-    scores = []
-    for k_NKSC, _, keys_NS in sources:
-        N, S = keys_NS.shape
-        q_NGKQTC = q_BHTC.reshape(N, B // N, K, H // K, T, C)
-        z = jnp.einsum("ngkqtc,nksc->nkgqts", q_NGKQTC, k_NKSC, preferred_element_type=jnp.float32) * C**-0.5
-        places_NGT = positions_BT.reshape(N, B // N, T)
-        seen_NGTS = (keys_NS[:, None, None, :] >= 0) & (keys_NS[:, None, None, :] <= places_NGT[..., None])
-        z = jnp.where(seen_NGTS[:, None, :, None], z, -1e30)
-        scores.append(z.swapaxes(1, 2).reshape(B, K, H // K, T, S))
-    weights_BKQTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BHTC.dtype)
-    out_BHTC, start = jnp.zeros_like(q_BHTC), 0
-    for _, v_NKSC, keys_NS in sources:
-        N, S = keys_NS.shape
-        w_NGKQTS = weights_BKQTS[..., start : start + S].reshape(N, B // N, K, H // K, T, S)
-        out_BHTC = out_BHTC + jnp.einsum("ngkqts,nksc->ngkqtc", w_NGKQTS, v_NKSC).reshape(B, H, T, C)
-        start += S
-    return out_BHTC
+    cos_BT1C, sin_BT1C = jnp.cos(angles_BT1C) * gain, jnp.sin(angles_BT1C) * gain
+    left, right = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos_BT1C - right * sin_BT1C, right * cos_BT1C + left * sin_BT1C], axis=-1)
+    return turned.astype(x_BTHC.dtype)
 
 
 def project(x: Array, w: Array, axes: int = 1) -> Array:
@@ -128,6 +105,7 @@ class Layer(nn.Module):
     """Pre-norm attention and SwiGLU; scanned over layers."""
 
     config: ModelConfig
+    keep: bool = False  # give back keys and values of a stream, too
 
     def weight(self, name, shape, axes, inputs, scale=1.0):
         """A matrix with N(0, scale^2 / fan-in) entries; `inputs` leading axes make the fan-in."""
@@ -139,15 +117,15 @@ class Layer(nn.Module):
         return self.param(name, init, shape, jnp.dtype(self.config.param_dtype)).astype(self.config.dtype)
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, context_positions, context_kv):
+    def __call__(self, x_BTD, positions_BT, context_positions, stream, context_kv):
         config = self.config
         norm = partial(RMSNorm, config.norm_epsilon, config.param_dtype)
         x_BTD, kv = self.attention(
-            x_BTD, norm(name="attention_norm")(x_BTD), positions_BT, context_positions, context_kv
+            x_BTD, norm(name="attention_norm")(x_BTD), positions_BT, context_positions, stream, context_kv
         )
         return x_BTD + self.swiglu(norm(name="mlp_norm")(x_BTD)), kv
 
-    def attention(self, x_BTD, normed_BTD, positions_BT, context_positions, context_kv):
+    def attention(self, x_BTD, normed_BTD, positions_BT, context_positions, stream, context_kv):
         config = self.config
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_channels
         q = project(normed_BTD, self.weight("wq", (D, H, C), ("embed", "heads", "channels"), 1))
@@ -160,13 +138,18 @@ class Layer(nn.Module):
         if config.qk_norm:
             q = RMSNorm(config.norm_epsilon, config.param_dtype, name="q_norm")(q)
             k = RMSNorm(config.norm_epsilon, config.param_dtype, name="k_norm")(k)
-        q_BHTC, k_BKTC, v_BKTC = (a.swapaxes(1, 2) for a in (q, k, v))
-        q_BHTC, k_BKTC = rotate(q_BHTC, positions_BT, config), rotate(k_BKTC, positions_BT, config)
-        seen = tuple((ck, cv, p) for (ck, cv), p in zip(context_kv, context_positions, strict=True))
-        out_BHTC = attend(q_BHTC, positions_BT, (*seen, (k_BKTC, v_BKTC, positions_BT)))
+        q, k = (checkpoint_name(rotate(a, positions_BT, config), "rotated") for a in (q, k))
+        if stream is None:
+            q_BHTC, k_BKTC, v_BKTC = (a.swapaxes(1, 2) for a in (q, k, v))
+            seen = tuple((ck, cv, p) for (ck, cv), p in zip(context_kv, context_positions, strict=True))
+            out_BTHC = attend(q_BHTC, positions_BT, (*seen, (k_BKTC, v_BKTC, positions_BT))).swapaxes(1, 2)
+            made = k_BKTC, v_BKTC
+        else:
+            out_BTHC = checkpoint_name(attend_in_blocks(q, k, v, stream), "attended")
+            made = (k, v) if self.keep else ()
         depth = (2 * config.layers) ** -0.5  # residual branches start small  [GPT-2]
         wo = self.weight("wo", (H, C, D), ("heads", "channels", "embed"), 2, depth)
-        return x_BTD + project(out_BHTC.swapaxes(1, 2), wo, axes=2), (k_BKTC, v_BKTC)
+        return x_BTD + project(out_BTHC, wo, axes=2), made
 
     def swiglu(self, x_BTD):
         config = self.config
@@ -177,14 +160,21 @@ class Layer(nn.Module):
         return project(jax.nn.silu(gate_BTF) * up_BTF, w_down)
 
 
-REMAT = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+KEEP = jax.checkpoint_policies
+REMAT = {
+    "layer": None,
+    "dots": KEEP.save_from_both_policies(
+        KEEP.dots_with_no_batch_dims_saveable, KEEP.save_only_these_names("attended", "rotated")
+    ),
+}
 
 
 class Decoder(nn.Module):
     config: ModelConfig
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, context: tuple[KeyValues, ...] = ()):
+    def __call__(self, tokens_BT, positions_BT, context: tuple[KeyValues, ...] = (), stream: Stream | None = None):
         config = self.config
         V, D = config.vocab_size, config.width
         dtype = jnp.dtype(config.param_dtype)
@@ -196,22 +186,22 @@ class Decoder(nn.Module):
             self.param(
                 "head", nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", "vocab")), (D, V), dtype
             )
-        x_BTD = embedding_VD.astype(config.dtype)[tokens_BT]
+        x_BTD = rows_over_mesh(gathered_rows(embedding_VD.astype(config.dtype))[tokens_BT])
         layer = Layer if config.remat == "none" else nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             out_axes=0,
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, name="layers")
+        )(config, self.keep, name="layers")
         context_kv = tuple((c.k_LBKSC, c.v_LBKSC) for c in context)
         context_positions = tuple(c.positions_BS for c in context)
-        x_BTD, (k_LBKTC, v_LBKTC) = scanned(x_BTD, positions_BT, context_positions, context_kv)
+        x_BTD, made = scanned(x_BTD, positions_BT, context_positions, stream, context_kv)
         x_BTD = RMSNorm(config.norm_epsilon, config.param_dtype, name="final_norm")(x_BTD)
-        return x_BTD, KeyValues(k_LBKTC, v_LBKTC, positions_BT)
+        return x_BTD, made
 
 
 def _init_boxed(config: ModelConfig, key: Array) -> Params:
@@ -238,7 +228,20 @@ def forward(
     positions_BT: place of each token in its own sequence, -1 for padding. A context with N rows serves B = N*G rows
     of tokens, G consecutive ones each; its keys are seen like the tokens' own.
     """
-    return Decoder(config).apply({"params": params}, tokens_BT, positions_BT, context)
+    hidden_BTD, (k_LBKTC, v_LBKTC) = Decoder(config).apply({"params": params}, tokens_BT, positions_BT, context)
+    return hidden_BTD, KeyValues(k_LBKTC, v_LBKTC, positions_BT)
+
+
+def forward_stream(params: Params, config: ModelConfig, stream: Stream) -> Array:
+    """Hidden states [U, T, D] after the final norm of all tokens of a stream; anything in its padding."""
+    apply = Decoder(config).apply
+    return apply({"params": params}, stream.tokens_UT, stream.positions_UT, stream=stream)[0]
+
+
+def prefill_stream(params: Params, config: ModelConfig, stream: Stream) -> tuple[Array, tuple[Array, Array]]:
+    """The hidden states, and keys (rotated) and values [L, U, T, K, C] of all tokens of a stream."""
+    apply = Decoder(config, keep=True).apply
+    return apply({"params": params}, stream.tokens_UT, stream.positions_UT, stream=stream)
 
 
 def output_head(params: Params, config: ModelConfig) -> Array:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from rpt_jax.config import ModelConfig
 from rpt_jax.kernels.grouped_logprob import grouped_logprob
-from rpt_jax.policy.decoder import forward, output_head, positions_from_lengths
+from rpt_jax.mesh import rows_over_mesh
+from rpt_jax.policy.decoder import forward, forward_stream, output_head, positions_from_lengths
+from rpt_jax.policy.stream import Stream, padded
 from rpt_jax.records import Array, Params
 
 
@@ -24,6 +26,7 @@ def score(
     temperature: Array | float = 1.0,
     token_chunk: int = 0,
     *,
+    stream: Stream | None = None,
     shared_prefix: bool = True,
 ) -> tuple[Array, Array]:
     """(logprobs_NGR, entropies_NGR) of response tokens given prompt and earlier response tokens; 0 in padding.
@@ -37,13 +40,25 @@ def score(
         tokens_NGR: padded on the right; lengths_NG live tokens.
         temperature: scalar, may be traced; gets no gradient. 0 (greedy sampling) scores at 1, as the sampler does.
         token_chunk: response tokens whose logits exist at one time (the kernel's `chunk`); 0 leaves it to the kernel.
+        stream: these very prompts and responses as stream.packed lays them out; left out, padding runs along.
     """
-    N, G, R = tokens_NGR.shape
-    hidden = _shared_hidden if shared_prefix else _plain_hidden
-    hidden_NGRD = hidden(params, model, prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG)
-    live_NGR = jnp.arange(R)[None, None, :] < lengths_NG[:, :, None]
-    out = _head(params, model, hidden_NGRD, tokens_NGR, live_NGR, temperature, token_chunk)
-    return out.logprob, out.entropy
+    rollouts = prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG
+    if not shared_prefix:
+        live_NGR = jnp.arange(tokens_NGR.shape[2])[None, None, :] < lengths_NG[:, :, None]
+        hidden_NGRD = _plain_hidden(params, model, *rollouts)
+        out = _head(params, model, hidden_NGRD, tokens_NGR, live_NGR, temperature, token_chunk)
+        return out.logprob, out.entropy
+    stream = padded(*rollouts) if stream is None else stream
+    hidden_UTD = rows_over_mesh(forward_stream(params, model, stream))
+    hidden_UXD = jnp.take_along_axis(hidden_UTD, stream.predictors_UX[:, :, None], axis=1, mode="clip")
+    live_UX = stream.targets_UX >= 0
+    out = _head(params, model, hidden_UXD, jnp.maximum(stream.targets_UX, 0), live_UX, temperature, token_chunk)
+
+    def in_place(values_UX):
+        values_UY = jnp.take_along_axis(jnp.pad(values_UX, ((0, 0), (0, 1))), stream.places_UY, axis=1, mode="clip")
+        return values_UY.reshape(tokens_NGR.shape)
+
+    return in_place(out.logprob), in_place(out.entropy)
 
 
 def score_tokens(
@@ -67,28 +82,6 @@ def _head(params, model, hidden, targets, live, temperature, token_chunk):
     temperature = jnp.where(temperature == 0, 1.0, temperature)
     head, chunk = output_head(params, model), token_chunk or None
     return grouped_logprob(hidden, head, targets, live, temperature, tied=model.tied_head, chunk=chunk)
-
-
-def _response_positions(prompt_lengths_N, lengths_NG, R):
-    """Places of response tokens behind their prompt, -1 in padding; [N * G, R]."""
-    N, G = lengths_NG.shape
-    positions_BR = positions_from_lengths(lengths_NG.reshape(N * G), R)
-    starts_B1 = jnp.repeat(prompt_lengths_N, G)[:, None]
-    return jnp.where(positions_BR >= 0, starts_B1 + positions_BR, -1)
-
-
-def _shared_hidden(params, model, prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG):
-    """Hidden states that predict the response tokens, prompts computed once; [N, G, R, D]."""
-    N, G, R = tokens_NGR.shape
-    prompt_positions_NT = positions_from_lengths(prompt_lengths_N, prompt_tokens_NT.shape[1])
-    prompt_NTD, prompt_keys = forward(params, model, prompt_tokens_NT, prompt_positions_NT)
-    last_N1D = jnp.take_along_axis(prompt_NTD, prompt_lengths_N[:, None, None] - 1, axis=1)
-    first_NG1D = jnp.broadcast_to(last_N1D[:, None], (N, G, 1, last_N1D.shape[-1]))
-    if R == 1:
-        return first_NG1D
-    positions_BR = _response_positions(prompt_lengths_N, lengths_NG, R)
-    responses_BRD, _ = forward(params, model, tokens_NGR.reshape(N * G, R), positions_BR, (prompt_keys,))
-    return jnp.concatenate([first_NG1D, responses_BRD.reshape(N, G, R, -1)[:, :, :-1]], axis=2)
 
 
 def _plain_hidden(params, model, prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG):

@@ -1,0 +1,74 @@
+"""Rollouts and advantages -> what one update reads, dealt out to microbatches and devices by tokens.
+
+In: records of one step on the host. Out: a Batch on the mesh, its rows in the order in which microbatches and devices
+take them, with the stream in which shared prefixes run once (policy/stream.py). And the check that this shared way
+gives the log-probs of whole sequences.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import ModelConfig, UpdateConfig
+from rpt_jax.learning.update import response_logprobs
+from rpt_jax.mesh import batch_parts, batch_sharding, place, to_host
+from rpt_jax.policy.scorer import score
+from rpt_jax.policy.stream import deal, packed
+from rpt_jax.records import Array, Batch, Params, Prompts, Rollouts
+
+# Mean distance of log-probs, nats, that rounding explains; a wrong mask makes tenths.
+ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+def pack(prompts: Prompts, rollouts: Rollouts, advantages_NG: Array, config: UpdateConfig, mesh: Mesh) -> Batch:
+    """The batch of a step on the mesh, rows reordered so that all microbatches and devices have like many tokens."""
+    microbatches, devices = config.microbatches, batch_parts(mesh)
+    loads_N = prompts.lengths_N + rollouts.lengths_NG.sum(axis=1)
+    dealt = deal(loads_N, prompts.ids_N2[:, 0], microbatches * devices)
+    rows = dealt.reshape(-1)
+    lengths = prompts.lengths_N[rows], rollouts.lengths_NG[rows]
+    stream = packed(prompts.tokens_NT[rows], lengths[0], rollouts.tokens_NGR[rows], lengths[1], len(dealt))
+    order = dealt.reshape(microbatches, devices, -1).transpose(1, 2, 0).reshape(-1)  # as update._split takes them
+    batch = Batch(
+        prompt_tokens_NT=prompts.tokens_NT[order],
+        prompt_lengths_N=prompts.lengths_N[order],
+        tokens_NGR=rollouts.tokens_NGR[order],
+        lengths_NG=rollouts.lengths_NG[order],
+        logprobs_NGR=rollouts.logprobs_NGR[order],
+        advantages_NG=np.asarray(advantages_NG)[order],
+    )
+    stream = jax.tree.map(lambda a: a.reshape(microbatches, devices, *a.shape[1:]), stream)
+    return place(batch, batch_sharding(mesh)).replace(stream=place(stream, batch_sharding(mesh, axis=1)))
+
+
+def shape_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """Of all arrays: what decides whether an update has been compiled."""
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def check_shared_prefix(
+    params: Params, batch: Batch, temperature: float, *, model: ModelConfig, config: UpdateConfig, mesh: Mesh
+) -> float:
+    """Mean |log-prob(shared way) - log-prob(whole sequences)|, nats, over a prompt from each device.
+
+    Raises FloatingPointError where that is more than rounding.
+    """
+    every = max(1, len(batch.prompt_lengths_N) // batch_parts(mesh))
+    few = jax.tree.map(lambda a: a[::every], to_host(batch.replace(stream=None)))
+    shared_NGR = to_host(response_logprobs(params, batch, temperature, model=model, config=config))[::every]
+    plain_NGR = to_host(_whole(params, place(few, batch_sharding(mesh)), temperature, model, config.token_chunk))
+    apart = float(np.abs(shared_NGR - plain_NGR).sum() / max(1, few.lengths_NG.sum()))
+    if not apart <= ROUNDING[model.dtype]:
+        raise FloatingPointError(
+            f"log-probs with shared prefixes are {apart:.1e} nats a token off those of whole sequences, more than "
+            f"{ROUNDING[model.dtype]:.0e}, which rounding in {model.dtype} explains: no update was made. This is a "
+            "defect of rpt_jax or of the compiler; please report it with config.json"
+        )
+    return apart
+
+
+@jax.jit(static_argnames=("model", "token_chunk"))
+def _whole(params, batch, temperature, model, token_chunk):
+    prompts, responses = (batch.prompt_tokens_NT, batch.prompt_lengths_N), (batch.tokens_NGR, batch.lengths_NG)
+    return score(params, model, *prompts, *responses, jnp.asarray(temperature), token_chunk, shared_prefix=False)[0]
