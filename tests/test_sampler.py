@@ -3,8 +3,6 @@
 import functools
 from dataclasses import replace
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,81 +154,9 @@ def test_keys_are_all_different():
     """For ids over the whole range of uint32, in both places, and every member; and none is the caller's."""
     ids = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
     ids_N2 = np.array([(document, t) for document in ids for t in ids], np.uint32)
-    keys = [jax.random.key_data(sampler.rollout_keys(jax.random.key(key), ids_N2, 3)) for key in (0, 1)]
+    keys = [jax.random.key_data(sampler.rollout_keys(jax.random.key(key), ids_N2[None], 3)[0]) for key in (0, 1)]
     rows = {tuple(row) for row in np.concatenate([*keys, [jax.random.key_data(jax.random.key(0))]])}
     assert len(rows) == 2 * len(ids_N2) * 3 + 1
-
-
-@pytest.mark.parametrize(
-    ("cuts", "kept"),
-    [
-        ({}, [0.2, 0.05, 0.5, 0.1, 0.15]),
-        ({"top_k": 1}, [0.5]),
-        ({"top_k": 3}, [0.2, 0.5, 0.15]),
-        ({"top_k": 9}, [0.2, 0.05, 0.5, 0.1, 0.15]),
-        ({"top_p": 0.01}, [0.5]),
-        ({"top_p": 0.49}, [0.5]),
-        ({"top_p": 0.51}, [0.2, 0.5]),
-        ({"top_p": 0.8}, [0.2, 0.5, 0.15]),
-        ({"top_p": 0.8, "top_k": 3}, [0.2, 0.5]),  # of what is left, 0.85, the two have 0.82
-        ({"min_p": 0.25}, [0.2, 0.5, 0.15]),
-        ({"min_p": 0.99}, [0.5]),
-        ({"min_p": 0.25, "top_k": 2}, [0.2, 0.5]),
-    ],
-)
-def test_cuts_by_hand(cuts, kept):
-    probabilities_V = np.array([0.2, 0.05, 0.5, 0.1, 0.15], np.float32)
-    got_V = np.asarray(sampler.cut(jnp.log(probabilities_V)[None], replace(SAMPLING, **cuts)))[0]
-    np.testing.assert_allclose(np.exp(got_V), np.where(np.isin(probabilities_V, np.float32(kept)), probabilities_V, 0))
-
-
-@hypothesis.given(
-    logits_V=st.lists(st.sampled_from(np.linspace(-9, 9, 37).tolist()), min_size=7, max_size=7),
-    top_k=st.integers(0, 8),
-    top_p=st.floats(0.01, 1.0),
-    min_p=st.one_of(st.just(0.0), st.floats(0.001, 0.999)),
-)
-def test_cuts_keep_what_they_promise(logits_V, top_k, top_p, min_p):
-    """The best stays, nothing better than a kept token goes, logits stay as they are, and masses are right."""
-    logits_V = np.asarray(logits_V, np.float32)
-
-    def kept(**cuts):
-        got_V = np.asarray(sampler.cut(jnp.asarray(logits_V)[None], replace(SAMPLING, **cuts)))[0]
-        kept_V = np.isfinite(got_V)
-        np.testing.assert_array_equal(got_V[kept_V], logits_V[kept_V])
-        assert kept_V[logits_V == logits_V.max()].any()
-        assert logits_V[kept_V].min() >= logits_V[~kept_V].max(initial=-np.inf)
-        return kept_V
-
-    p_V = scipy.special.softmax(logits_V.astype(np.float64))
-    by_k, by_p, by_min = kept(top_k=top_k), kept(top_p=top_p), kept(min_p=min_p)
-    if top_k:
-        assert by_k.sum() >= min(top_k, 7) > (logits_V[by_k] > logits_V[by_k].min()).sum()  # ties of the last all stay
-    assert p_V[by_p].sum() >= top_p - 1e-5 and p_V[by_p].sum() - p_V[by_p].min() < top_p + 1e-5
-    assert p_V[by_min].min() >= min_p * p_V.max() - 1e-6 and p_V[~by_min].max(initial=0) <= min_p * p_V.max() + 1e-6
-    assert not (kept(top_k=top_k, top_p=top_p, min_p=min_p) & ~(by_k & by_p)).any()
-
-
-def assert_drawn_from(counts, probabilities):
-    """Chi-square test at 0.001; draws are from fixed keys, so it passes or fails for good."""
-    possible = probabilities > 0
-    assert not counts[~possible].any()
-    expected = probabilities[possible] * counts.sum()
-    assert expected.min() > 5, "too few draws for the test"
-    assert scipy.stats.chisquare(counts[possible], expected, sum_check=False).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_draws_follow_the_softmax(top_k):
-    """At temperature 0.7 over 20,000 keys; log-probs are of the distribution before the cut."""
-    logits_V = np.array([0.3, -1.0, 1.2, 0.0, 0.9, -0.4], np.float32)
-    draw = jax.jit(sampler.draw, static_argnums=2)
-    keys_B = jax.random.split(jax.random.key(3), 20_000)
-    tokens_B, logprobs_B = draw(np.tile(logits_V, (20_000, 1)), keys_B, replace(SAMPLING, temperature=0.7, top_k=top_k))
-    p_V = scipy.special.softmax(logits_V.astype(np.float64) / 0.7)
-    np.testing.assert_allclose(logprobs_B, np.log(p_V)[tokens_B], rtol=1e-5)
-    left_V = np.where(np.isin(np.arange(6), [0, 2, 4]), p_V, 0) if top_k else p_V
-    assert_drawn_from(np.bincount(tokens_B, minlength=6), left_V / left_V.sum())
 
 
 def test_sequences_follow_the_policy():
@@ -243,4 +169,44 @@ def test_sequences_follow_the_policy():
     p_BTV = scipy.special.softmax(np.concatenate(parts).astype(np.float64) / 0.8, axis=2)
     both_VV = p_BTV[0, 3][:, None] * p_BTV[:, 4]  # first token, second token
     classes_33 = both_VV.reshape(3, 4, 3, 4).sum(axis=(1, 3))
-    assert_drawn_from(np.bincount(pairs_B2 // 4 @ [3, 1], minlength=9), classes_33.reshape(9))
+    counts = np.bincount(pairs_B2 // 4 @ [3, 1], minlength=9)
+    assert scipy.stats.chisquare(counts, 6000 * classes_33.reshape(9), sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("slots", [3, 6, 8])
+@pytest.mark.parametrize("cache", [64, 4])
+def test_refilled_slots_give_the_rollouts_of_all_at_once(monkeypatch, slots, cache):
+    """Fewer slots than rollouts, ragged lengths; and a cache that is packed and grown every few tokens."""
+    monkeypatch.setattr(sampler, "FIRST_CACHE", cache)
+    assert len(np.unique(rollouts().lengths_NG)) > 2
+    assert_same(sample(sampling=replace(SAMPLING, slots=slots, tokens_per_call=2)), rollouts())
+
+
+def test_fewer_slots_when_none_wait_give_the_same_rollouts():
+    """One rollout of 12 goes on alone for long: from 12 slots down to 2."""
+    limits_NG = np.where(np.arange(12).reshape(4, 3) == 7, 12, 3)
+    sampling = replace(SAMPLING, tokens_per_call=3)
+    made = sampler.sample(policy(), MODEL, sampling, prompts(), jax.random.key(0), (), limits_NG=limits_NG)
+    np.testing.assert_array_equal(made.lengths_NG, limits_NG)
+    free = sample(end_ids=())
+    live_NGR = np.arange(12) < limits_NG[:, :, None]
+    assert_same(made, Rollouts(free.tokens_NGR * live_NGR, limits_NG, free.logprobs_NGR * live_NGR, free.finished_NG))
+
+
+def test_positions_of_one_document_give_the_rollouts_of_prompts_alone():
+    """Four prompts with common beginnings, which are prefilled once, against one call for each; greedy too."""
+    tokens_NT = np.array([[3, 1, 4, 1], [3, 1, 4, 2], [3, 1, 0, 0], [3, 0, 0, 0]], np.int32)
+    lengths_N = np.array([4, 4, 2, 1], np.int32)
+    for sampling in (SAMPLING, replace(SAMPLING, temperature=0.0, group_size=2)):
+        together = sample(prompts(tokens_NT, lengths_N), sampling)
+        for n in range(4):
+            alone = sample(prompts(tokens_NT[n : n + 1], lengths_N[n : n + 1], IDS_N2[n : n + 1]), sampling)
+            assert_same(part(together, slice(n, n + 1)), alone)
+
+
+def test_slots_over_eight_devices_give_the_rollouts_of_one():
+    """Four units of one prompt each, refilled with a slot or two for its three rollouts."""
+    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy())
+    placed = meshes.place(policy(), shardings)
+    assert_same(sample(sampling=replace(SAMPLING, slots=8, tokens_per_call=3), params=placed), rollouts())

@@ -1,11 +1,13 @@
-"""Prompts to rollouts: prefill once per prompt, then a jitted decode loop for all its G rollouts.
+"""Prompts to rollouts: prefill once per prompt, then slots in which rollouts are decoded many tokens at a time.
 
-Each of the B = N*G rollouts has its own cache behind the prompt's, which the group shares (decoder.attend reads it
-once for the group). Many tokens are made per host call; between calls the host looks whether all rollouts have ended
-and doubles the cache when it is full, so that short rollouts never pay for the longest that is allowed.
+What begins alike is prefilled once: the G rollouts of a prompt, and prompts of one document (policy/stream.py). While
+a group stands together, its slots share one copy of the prompt's keys and values, read once for all of them; every
+slot has a cache of its own behind it. Between two calls the host gives slots of finished rollouts to waiting ones,
+goes on with fewer slots when none wait, and takes a larger cache when one is full (policy/slots.py), so that neither a
+long rollout nor the longest that is allowed is paid for by the others.
 
 Randomness: the key of a token is folded from (the caller's key, document, position, member of the group, token
-index), never from a row of the batch, so a rollout does not depend on what it is batched with.
+index), never from a slot, so a rollout does not depend on what it is batched with.
 """
 
 from functools import partial
@@ -14,27 +16,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 
 from rpt_jax.config import ModelConfig, SampleConfig
-from rpt_jax.mesh import to_host
+from rpt_jax.mesh import batch_parts, batch_sharding, check_batch_divides, place, to_host
 from rpt_jax.policy import decoder
 from rpt_jax.policy.decoder import KeyValues
+from rpt_jax.policy.draw import draw
+from rpt_jax.policy.slots import Seating, first_seating, next_seating, worth_a_look
+from rpt_jax.policy.stream import Stream, packed_prompts
 from rpt_jax.records import Array, Params, Prompts, Rollouts
 
-FIRST_CACHE = 64  # slots; doubled when full
+FIRST_CACHE = 64  # columns; doubled when too few
+
+
+@struct.dataclass
+class Prefilled:
+    """Keys and values of a stream of prompts, and what predicts the first token of each prompt."""
+
+    k_LUTKC: Array
+    v_LUTKC: Array
+    last_UND: Array
+
+
+@struct.dataclass
+class Moves:
+    """A seating for the device: what goes into each of S slots of a unit and each of its S / width rows."""
+
+    prompts_UR: Array  # the row's prompt
+    paths_URT: Array  # the places of its tokens in the stream
+    lengths_UR: Array  # its tokens
+    rollouts_US: Array  # prompt * G + member; any where there is none
+    sources_US: Array  # the slot that the rollout had before, -1: none
+    made_US: Array  # tokens that it has
+    limits_US: Array  # tokens that it may have; 0 for an empty slot
 
 
 @struct.dataclass
 class DecodeState:
-    """Everything that a decode step reads and writes; `cache` holds the responses only."""
+    """What a decode step reads and changes, for B = U * S slots; `cache` holds the responses only."""
 
+    prompt: KeyValues  # of each row
+    prompt_lengths_B: Array
+    keys_B: Array  # of the rollout; the token's index is folded in
+    limits_B: Array
     cache: KeyValues
+    column: Array  # of the cache, where the next token of every slot goes
     hidden_BD: Array  # after the newest token: predicts the next one
-    tokens_BR: Array
-    logprobs_BR: Array
-    lengths_B: Array
-    finished_B: Array
-    step: Array  # tokens made so far, the same for all rows
+    made_B: Array  # tokens of the rollout so far
+    alive_B: Array
 
 
 def sample(
@@ -44,159 +74,259 @@ def sample(
     prompts: Prompts,
     key: Array,
     end_ids: tuple[int, ...],
+    *,
+    limits_NG: Array | None = None,
 ) -> Rollouts:
     """Draws `sampling.group_size` rollouts for each prompt; host arrays in and out.
 
     `key` is the run's key folded with the step. A rollout ends with a token of `end_ids` (kept) or after
-    `sampling.max_tokens`. Log-probs are those of the softmax at `sampling.temperature` before top-k, top-p and min-p
-    cut it (the distribution that the scorer gives), or at temperature 1 when it is 0 (greedy).
+    `sampling.max_tokens` (or limits_NG, where given and less). Log-probs are those of the softmax at
+    `sampling.temperature` before top-k, top-p and min-p cut it (the distribution that the scorer gives), or at
+    temperature 1 when it is 0 (greedy). Work is split over data and fsdp of the mesh that the parameters lie on.
     """
-    prompt_kv, state = prefill(params, model, sampling, prompts.tokens_NT, prompts.lengths_N)
-    keys_B = rollout_keys(key, prompts.ids_N2, sampling.group_size)
-    while not bool(jnp.all(state.finished_B)) and int(state.step) < sampling.max_tokens:
-        capacity = state.cache.positions_BS.shape[1]
-        if int(state.step) == capacity:
-            state = state.replace(cache=_grow(state.cache, min(2 * capacity, sampling.max_tokens)))
-        state = decode(params, model, sampling, end_ids, prompt_kv, prompts.lengths_N, keys_B, state)
-    shape_NG = (prompts.tokens_NT.shape[0], sampling.group_size)
-    tokens_BR, logprobs_BR, lengths_B, finished_B = to_host(
-        (state.tokens_BR, state.logprobs_BR, state.lengths_B, state.finished_B)
+    tokens_NT, lengths_N, ids_N2 = to_host((prompts.tokens_NT, prompts.lengths_N, prompts.ids_N2))
+    N, G = len(lengths_N), sampling.group_size
+    units, spread = _units(params, N)
+    limits_NG = np.full((N, G), sampling.max_tokens) if limits_NG is None else limits_NG
+    written = _Written(np.minimum(limits_NG, sampling.max_tokens).reshape(units, -1), end_ids)
+    stream, paths_UNT = packed_prompts(tokens_NT, lengths_N, units)
+    lengths_UN = lengths_N.reshape(units, -1)
+    lasts_UN = np.take_along_axis(paths_UNT, lengths_UN[:, :, None] - 1, axis=2)[:, :, 0]
+    prefilled = prefill(params, model, spread(stream), spread(lasts_UN))
+    keys_UY = rollout_keys(key, spread(ids_N2.reshape(units, -1, 2)), G)
+    seating, waiting = first_seating(N // units, G, units, sampling.slots)
+    first, before, state = seating.rollouts_US.shape[1], None, None
+    while (alive_US := written.alive(seating)).any():
+        ahead = min(sampling.tokens_per_call, int(written.left(seating)[alive_US].max()))
+        if seating is not before or int(state.column) + ahead > state.cache.positions_BS.shape[1]:
+            moves = _moves(before, seating, written, paths_UNT, lengths_UN, G)
+            old = None if state is None else (state.cache, state.hidden_BD)
+            columns = _columns(int(moves.made_US.max()) + ahead, sampling)
+            state = move(prefilled, keys_UY, old, spread(moves), seating.width, columns)
+        enough = worth_a_look(seating, waiting, first)
+        state, *drawn = decode(params, model, sampling, end_ids, state, enough)
+        written.note(seating, *to_host(drawn))
+        before = seating
+        seating, waiting = next_seating(seating, written.alive(seating), waiting, G, first)
+    return written.rollouts(N, G, sampling.max_tokens)
+
+
+def _units(params: Params, N: int):
+    """(parts of the batch, what puts a tree of [units, ...] on its devices), by where the parameters lie."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or "data" not in sharding.mesh.shape:
+        return 1, lambda tree: tree
+    check_batch_divides(N, sharding.mesh)
+    return batch_parts(sharding.mesh), lambda tree: place(tree, batch_sharding(sharding.mesh))
+
+
+class _Written:
+    """What has been drawn so far, on the host: Y rollouts of each unit."""
+
+    def __init__(self, limits_UY: np.ndarray, end_ids: tuple[int, ...]):
+        self.limits_UY, self.end_ids = limits_UY, end_ids
+        self.tokens_UYR = np.zeros((*limits_UY.shape, int(limits_UY.max(initial=0))), np.int32)
+        self.logprobs_UYR = np.zeros(self.tokens_UYR.shape, np.float32)
+        self.made_UY, self.ended_UY = np.zeros(limits_UY.shape, np.int32), np.zeros(limits_UY.shape, bool)
+
+    def of(self, array_UY: np.ndarray, seating: Seating, nobody) -> np.ndarray:
+        """[U, S] of what sits there."""
+        taken_US = np.take_along_axis(array_UY, np.maximum(seating.rollouts_US, 0), axis=1)
+        return np.where(seating.rollouts_US >= 0, taken_US, nobody)
+
+    def left(self, seating: Seating) -> np.ndarray:
+        """Tokens that may still come."""
+        return self.of(np.where(self.ended_UY, 0, self.limits_UY - self.made_UY), seating, 0)
+
+    def alive(self, seating: Seating) -> np.ndarray:
+        return self.left(seating) > 0
+
+    def note(self, seating: Seating, tokens_XB: np.ndarray, logprobs_XB: np.ndarray, counts_B: np.ndarray) -> None:
+        """Takes in what a call has drawn: the first counts_B of each column."""
+        for (u, s), count in np.ndenumerate(counts_B.reshape(seating.rollouts_US.shape)):
+            if count:
+                y, b = seating.rollouts_US[u, s], u * seating.rollouts_US.shape[1] + s
+                made = slice(self.made_UY[u, y], self.made_UY[u, y] + count)
+                self.tokens_UYR[u, y, made], self.logprobs_UYR[u, y, made] = (
+                    tokens_XB[:count, b],
+                    logprobs_XB[:count, b],
+                )
+                self.made_UY[u, y] += count
+                self.ended_UY[u, y] = tokens_XB[count - 1, b] in self.end_ids
+
+    def rollouts(self, N: int, G: int, R: int) -> Rollouts:
+        by_prompt = (N, G)
+        missing = ((0, 0), (0, 0), (0, R - self.tokens_UYR.shape[2]))
+        return Rollouts(
+            tokens_NGR=np.pad(self.tokens_UYR, missing).reshape(*by_prompt, R),
+            lengths_NG=self.made_UY.reshape(by_prompt),
+            logprobs_NGR=np.pad(self.logprobs_UYR, missing).reshape(*by_prompt, R),
+            finished_NG=self.ended_UY.reshape(by_prompt),
+        )
+
+
+def _moves(before: Seating | None, seating: Seating, written: _Written, paths_UNT, lengths_UN, G: int) -> Moves:
+    rollouts_US, prompts_UR = np.maximum(seating.rollouts_US, 0), seating.prompts(G)
+    made_US = written.of(written.made_UY, seating, 0)
+    sources_US = np.full(rollouts_US.shape, -1, np.int32)
+    if before is not None:
+        for u, s in np.argwhere(made_US > 0):
+            sources_US[u, s] = np.flatnonzero(before.rollouts_US[u] == rollouts_US[u, s])[0]
+    return Moves(
+        prompts_UR=prompts_UR.astype(np.int32),
+        paths_URT=np.take_along_axis(paths_UNT, prompts_UR[:, :, None], axis=1),
+        lengths_UR=np.take_along_axis(lengths_UN, prompts_UR, axis=1),
+        rollouts_US=rollouts_US.astype(np.int32),
+        sources_US=sources_US,
+        made_US=made_US,
+        limits_US=(made_US + written.left(seating)).astype(np.int32),
     )
-    return Rollouts(
-        tokens_NGR=tokens_BR.reshape(*shape_NG, -1),
-        lengths_NG=lengths_B.reshape(shape_NG),
-        logprobs_NGR=logprobs_BR.reshape(*shape_NG, -1),
-        finished_NG=finished_B.reshape(shape_NG),
-    )
+
+
+def _columns(needed: int, sampling: SampleConfig) -> int:
+    """A size of the cache that holds `needed` columns: one of few."""
+    columns = FIRST_CACHE
+    while columns < needed:
+        columns *= 2
+    return min(columns, sampling.max_tokens + sampling.tokens_per_call)
 
 
 @partial(jax.jit, static_argnums=2)
-def rollout_keys(key: Array, ids_N2: Array, group_size: int) -> Array:
-    """One key per rollout, [N*G]: folded from the position's identity and the member of the group."""
+def rollout_keys(key: Array, ids_UN2: Array, group_size: int) -> Array:
+    """One key per rollout, [U, N * G]: folded from the position's identity and the member of the group."""
 
     def of_member(ids_2, member):
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, ids_2[0]), ids_2[1]), member)
 
-    members_G = jnp.arange(group_size)
-    return jax.vmap(lambda ids_2: jax.vmap(partial(of_member, ids_2))(members_G))(ids_N2).reshape(-1)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def prefill(
-    params: Params, model: ModelConfig, sampling: SampleConfig, tokens_NT: Array, lengths_N: Array
-) -> tuple[KeyValues, DecodeState]:
-    """The prompts' keys and values, computed once per prompt, and the state before the first token."""
-    N, T = tokens_NT.shape
-    hidden_NTD, prompt_kv = decoder.forward(params, model, tokens_NT, decoder.positions_from_lengths(lengths_N, T))
-    last_ND = jnp.take_along_axis(hidden_NTD, (lengths_N - 1)[:, None, None], axis=1)[:, 0]
-    B, R = N * sampling.group_size, sampling.max_tokens
-    slots = (model.layers, B, model.kv_heads, min(FIRST_CACHE, R), model.head_channels)
-    dtype = jnp.dtype(model.dtype)
-    state = DecodeState(
-        cache=KeyValues(jnp.zeros(slots, dtype), jnp.zeros(slots, dtype), jnp.full((B, slots[3]), -1, jnp.int32)),
-        hidden_BD=jnp.repeat(last_ND, sampling.group_size, axis=0),
-        tokens_BR=jnp.zeros((B, R), jnp.int32),
-        logprobs_BR=jnp.zeros((B, R), jnp.float32),
-        lengths_B=jnp.zeros((B,), jnp.int32),
-        finished_B=jnp.zeros((B,), bool),
-        step=jnp.int32(0),
-    )
-    return prompt_kv, state
+    of_group = jax.vmap(of_member, (None, 0))
+    keys_UNG = jax.vmap(jax.vmap(of_group, (0, None)), (0, None))(ids_UN2, jnp.arange(group_size))
+    return keys_UNG.reshape(len(ids_UN2), -1)
 
 
 @partial(jax.jit, static_argnums=1)
-def _grow(cache: KeyValues, capacity: int) -> KeyValues:
-    more = capacity - cache.positions_BS.shape[1]
-    slots = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-    return KeyValues(
-        jnp.pad(cache.k_LBKSC, slots),
-        jnp.pad(cache.v_LBKSC, slots),
-        jnp.pad(cache.positions_BS, ((0, 0), (0, more)), constant_values=-1),
+def prefill(params: Params, model: ModelConfig, stream: Stream, lasts_UN: Array) -> Prefilled:
+    """Keys and values of the prompts' stream and, of each prompt, the hidden state after its last token."""
+    hidden_UTD, (k_LUTKC, v_LUTKC) = decoder.prefill_stream(params, model, stream)
+    return Prefilled(k_LUTKC, v_LUTKC, jax.vmap(_at)(hidden_UTD, lasts_UN))
+
+
+def _at(array, places):
+    return array.at[places].get(mode="clip")
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def move(
+    prefilled: Prefilled, keys_UY: Array, old: tuple[KeyValues, Array] | None, moves: Moves, width: int, columns: int
+) -> DecodeState:
+    """The state of a new seating: prompts copied to their rows, caches of those who stay to their slots.
+
+    The tokens of a rollout come first in its cache, whatever columns they had.
+    """
+    (U, S), (_, R, T) = moves.rollouts_US.shape, moves.paths_URT.shape
+    places_URT = jnp.where(jnp.arange(T)[None, None] < moves.lengths_UR[:, :, None], jnp.arange(T)[None, None], -1)
+
+    def of_rows(a_LUTKC):
+        a_LURTKC = jax.vmap(jax.vmap(_at), (0, None))(a_LUTKC, moves.paths_URT)
+        return a_LURTKC.swapaxes(3, 4).reshape(len(a_LUTKC), U * R, -1, T, a_LUTKC.shape[-1])
+
+    cache, hidden_USD = _moved(prefilled, old, moves, columns, width)
+    lengths_US = jnp.repeat(moves.lengths_UR, width, axis=1)
+    return DecodeState(
+        prompt=KeyValues(of_rows(prefilled.k_LUTKC), of_rows(prefilled.v_LUTKC), places_URT.reshape(U * R, T)),
+        prompt_lengths_B=lengths_US.reshape(-1),
+        keys_B=jax.vmap(_at)(keys_UY, moves.rollouts_US).reshape(-1),
+        limits_B=moves.limits_US.reshape(-1),
+        cache=cache,
+        column=jnp.max(moves.made_US),
+        hidden_BD=hidden_USD.reshape(U * S, -1),
+        made_B=moves.made_US.reshape(-1),
+        alive_B=(moves.made_US < moves.limits_US).reshape(-1),
     )
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=7)
+def _moved(prefilled, old, moves, columns, width):
+    """(cache of the new slots, hidden states [U, S, D]): fresh ones, and over them those that were there before."""
+    U, S = moves.rollouts_US.shape
+    L, _, _, K, C = prefilled.k_LUTKC.shape
+    fresh_USD = jnp.repeat(jax.vmap(_at)(prefilled.last_UND, moves.prompts_UR), width, axis=1)
+    if old is None:
+        empty = jnp.zeros((L, U * S, K, columns, C), prefilled.k_LUTKC.dtype)
+        return KeyValues(empty, empty, jnp.full((U * S, columns), -1, jnp.int32)), fresh_USD
+    cache, hidden_BD = old
+    stays_US1 = (moves.sources_US >= 0)[:, :, None]
+    sources_US = jnp.maximum(moves.sources_US, 0)
+    positions_USX = jnp.where(
+        stays_US1, jax.vmap(_at)(cache.positions_BS.reshape(U, -1, cache.positions_BS.shape[1]), sources_US), -1
+    )
+    order_USX = jnp.argsort(positions_USX < 0, axis=2, stable=True)[:, :, :columns]
+
+    def ordered(a_KXC, order_X):
+        return a_KXC.at[:, order_X].get(mode="clip")
+
+    def of_slots(a_LBKXC):
+        a_LUSKXC = a_LBKXC.reshape(L, U, -1, K, *a_LBKXC.shape[3:])
+        taken = jax.vmap(jax.vmap(_at), (0, None))(a_LUSKXC, sources_US)
+        taken = jax.vmap(jax.vmap(jax.vmap(ordered)), (0, None))(taken, order_USX).reshape(L, U * S, K, -1, C)
+        return jnp.pad(taken, ((0, 0), (0, 0), (0, 0), (0, columns - taken.shape[3]), (0, 0)))
+
+    positions_BX = jnp.take_along_axis(positions_USX, order_USX, axis=2).reshape(U * S, -1)
+    positions_BX = jnp.pad(positions_BX, ((0, 0), (0, columns - positions_BX.shape[1])), constant_values=-1)
+    hidden_USD = jnp.where(
+        stays_US1, jax.vmap(_at)(hidden_BD.reshape(U, -1, hidden_BD.shape[1]), sources_US), fresh_USD
+    )
+    return KeyValues(of_slots(cache.k_LBKSC), of_slots(cache.v_LBKSC), positions_BX), hidden_USD
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=4)
 def decode(
     params: Params,
     model: ModelConfig,
     sampling: SampleConfig,
     end_ids: tuple[int, ...],
-    prompt_kv: KeyValues,
-    lengths_N: Array,
-    keys_B: Array,
     state: DecodeState,
-) -> DecodeState:
-    """Up to `sampling.tokens_per_call` more tokens for every rollout, fewer if all end or the cache is full."""
-    capacity = state.cache.positions_BS.shape[1]
-    stop = jnp.minimum(state.step + sampling.tokens_per_call, min(capacity, sampling.max_tokens))
-    prompt_B = jnp.repeat(lengths_N, sampling.group_size)
+    enough: Array | int,
+) -> tuple[DecodeState, Array, Array, Array]:
+    """(state, tokens_XB, logprobs_XB, counts_B): up to X = `sampling.tokens_per_call` more tokens for every slot.
 
-    def unfinished(state):
-        return (state.step < stop) & ~jnp.all(state.finished_B)
-
-    def one_token(state):
-        logits_BV = decoder.logits(params, model, state.hidden_BD)
-        token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-        tokens_B, logprobs_B = draw(logits_BV, token_keys_B, sampling)
-        live_B = ~state.finished_B
-        tokens_B = jnp.where(live_B, tokens_B, 0)
-        ended_B = jnp.any(tokens_B[:, None] == jnp.array(end_ids, jnp.int32)[None, :], axis=1)
-        positions_B1 = jnp.where(live_B, prompt_B + state.step, -1)[:, None]
-        hidden_B1D, kv = decoder.forward(params, model, tokens_B[:, None], positions_B1, (prompt_kv, state.cache))
-        return DecodeState(
-            cache=_write(state.cache, kv, state.step),
-            hidden_BD=hidden_B1D[:, 0],
-            tokens_BR=_put(state.tokens_BR, tokens_B, state.step),
-            logprobs_BR=_put(state.logprobs_BR, jnp.where(live_B, logprobs_B, 0.0), state.step),
-            lengths_B=state.lengths_B + live_B,
-            finished_B=state.finished_B | (live_B & ended_B),
-            step=state.step + 1,
-        )
-
-    return jax.lax.while_loop(unfinished, one_token, state)
-
-
-def _put(rows_BR: Array, column_B: Array, index: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(rows_BR, column_B[:, None], index, axis=1)
-
-
-def _write(cache: KeyValues, new: KeyValues, slot: Array) -> KeyValues:
-    """The cache with one more token in `slot`."""
-    return KeyValues(
-        jax.lax.dynamic_update_slice_in_dim(cache.k_LBKSC, new.k_LBKSC, slot, axis=3),
-        jax.lax.dynamic_update_slice_in_dim(cache.v_LBKSC, new.v_LBKSC, slot, axis=3),
-        jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, new.positions_BS, slot, axis=1),
-    )
-
-
-def draw(logits_BV: Array, keys_B: Array, sampling: SampleConfig) -> tuple[Array, Array]:
-    """One token per row and its log-prob, by the Gumbel trick on the cut distribution; arg-max at temperature 0."""
-    scaled_BV = logits_BV / (sampling.temperature or 1.0)
-    if sampling.temperature == 0:
-        tokens_B = jnp.argmax(logits_BV, axis=-1)
-    else:
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-        tokens_B = jnp.argmax(cut(scaled_BV, sampling) + noise_BV, axis=-1)
-    chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
-
-
-def cut(scaled_BV: Array, sampling: SampleConfig) -> Array:
-    """Scaled logits with -inf outside top-k, top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082).
-
-    Each cut looks at the distribution that the ones before it left; the most probable token always stays.
+    Fewer if no more than `enough` are alive or the cache is full, but one at least. Of a slot's column the first
+    counts_B are its own.
     """
-    V = scaled_BV.shape[1]
-    if sampling.top_k and sampling.top_k < V:
-        kth_B = jax.lax.top_k(scaled_BV, sampling.top_k)[0][:, -1]
-        scaled_BV = jnp.where(scaled_BV < kth_B[:, None], -jnp.inf, scaled_BV)
-    if sampling.top_p < 1:
-        order_BV = jnp.argsort(-scaled_BV, axis=-1)
-        sorted_BV = jnp.take_along_axis(jax.nn.softmax(scaled_BV, axis=-1), order_BV, axis=-1)
-        keep_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV < sampling.top_p  # mass before the token
-        ranks_BV = jnp.argsort(order_BV, axis=-1)
-        scaled_BV = jnp.where(jnp.take_along_axis(keep_BV, ranks_BV, axis=-1), scaled_BV, -jnp.inf)
-    if sampling.min_p > 0:
-        floor_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + np.log(sampling.min_p)
-        scaled_BV = jnp.where(scaled_BV < floor_B1, -jnp.inf, scaled_BV)
-    return scaled_BV
+    X, B, columns = sampling.tokens_per_call, *state.cache.positions_BS.shape
+
+    def goes_on(carry):
+        index, state, *_ = carry
+        return (index == 0) | ((index < X) & (state.column < columns) & (jnp.sum(state.alive_B) > enough))
+
+    def one_token(carry):
+        index, state, tokens_XB, logprobs_XB, counts_B = carry
+        alive_B = state.alive_B
+        logits_BV = decoder.logits(params, model, state.hidden_BD)
+        drawn_B, logprobs_B = draw(logits_BV, jax.vmap(jax.random.fold_in)(state.keys_B, state.made_B), sampling)
+        tokens_B = jnp.where(alive_B, drawn_B, 0)
+        ended_B = jnp.any(tokens_B[:, None] == jnp.array(end_ids, jnp.int32)[None, :], axis=1)
+        positions_B1 = jnp.where(alive_B, state.prompt_lengths_B + state.made_B, -1)[:, None]
+        seen = (state.prompt, state.cache)
+        hidden_B1D, kv = decoder.forward(params, model, tokens_B[:, None], positions_B1, seen)
+        made_B = state.made_B + alive_B
+        state = state.replace(
+            cache=_write(state.cache, kv, state.column),
+            column=state.column + 1,
+            hidden_BD=hidden_B1D[:, 0],
+            made_B=made_B,
+            alive_B=alive_B & ~ended_B & (made_B < state.limits_B),
+        )
+        tokens_XB, logprobs_XB = tokens_XB.at[index].set(tokens_B), logprobs_XB.at[index].set(logprobs_B)
+        return index + 1, state, tokens_XB, logprobs_XB, counts_B + alive_B
+
+    empty = jnp.zeros((X, B), jnp.int32), jnp.zeros((X, B), jnp.float32), jnp.zeros((B,), jnp.int32)
+    _, *out = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), state, *empty))
+    return tuple(out)
+
+
+def _write(cache: KeyValues, new: KeyValues, column: Array) -> KeyValues:
+    """The cache with one more token in `column`."""
+    return KeyValues(
+        jax.lax.dynamic_update_slice_in_dim(cache.k_LBKSC, new.k_LBKSC, column, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(cache.v_LBKSC, new.v_LBKSC, column, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, new.positions_BS, column, axis=1),
+    )

@@ -1,0 +1,69 @@
+"""Logits -> one token a row: temperature, the cuts, and a draw from what they leave.
+
+In: logits, a random key for each row. Out: tokens and their log-probs before the cuts, which are those that the scorer
+gives.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpt_jax.config import SampleConfig
+from rpt_jax.records import Array
+
+BLOCK = 128  # tokens whose probabilities are added up at once
+
+
+def draw(logits_BV: Array, keys_B: Array, sampling: SampleConfig) -> tuple[Array, Array]:
+    """One token per row and its log-prob: where a uniform number falls in the summed up probabilities of the cut
+    distribution; arg-max at temperature 0. The sums are by blocks first, so that they stay exact over any vocabulary.
+    """
+    scaled_BV = logits_BV / (sampling.temperature or 1.0)
+    if sampling.temperature == 0:
+        tokens_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+        tokens_B = _inverse(cut(scaled_BV, sampling), uniform_B)
+    chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
+
+
+def _inverse(scaled_BV: Array, uniform_B: Array) -> Array:
+    """The token at which the distribution function of softmax(scaled) passes the number, which is in [0, 1)."""
+    B, V = scaled_BV.shape
+    weights_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
+    weights_BXY = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    sums_BX = jnp.cumsum(jnp.sum(weights_BXY, axis=2), axis=1)
+    block_B, before_B = _passed(sums_BX, uniform_B * sums_BX[:, -1])
+    inside_BY = jnp.take_along_axis(weights_BXY, block_B[:, None, None], axis=1)[:, 0]
+    left_B = uniform_B * sums_BX[:, -1] - before_B
+    return block_B * BLOCK + _passed(jnp.cumsum(inside_BY, axis=1), left_B)[0]
+
+
+def _passed(sums_BX: Array, goals_B: Array) -> tuple[Array, Array]:
+    """(the first place whose sum is above the goal, the sum before it); always one that adds something."""
+    index_B = jnp.sum(sums_BX <= goals_B[:, None], axis=1)
+    index_B = jnp.minimum(index_B, jnp.argmax(sums_BX, axis=1))  # rounding may set the goal past the end
+    before_B = jnp.take_along_axis(jnp.pad(sums_BX, ((0, 0), (1, 0))), index_B[:, None], axis=1)[:, 0]
+    return index_B, before_B
+
+
+def cut(scaled_BV: Array, sampling: SampleConfig) -> Array:
+    """Scaled logits with -inf outside top-k, top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082).
+
+    Each cut looks at the distribution that the ones before it left; the most probable token always stays.
+    """
+    V = scaled_BV.shape[1]
+    if sampling.top_k and sampling.top_k < V:
+        kth_B = jax.lax.top_k(scaled_BV, sampling.top_k)[0][:, -1]
+        scaled_BV = jnp.where(scaled_BV < kth_B[:, None], -jnp.inf, scaled_BV)
+    if sampling.top_p < 1:
+        order_BV = jnp.argsort(-scaled_BV, axis=-1)
+        sorted_BV = jnp.take_along_axis(jax.nn.softmax(scaled_BV, axis=-1), order_BV, axis=-1)
+        keep_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV < sampling.top_p  # mass before the token
+        ranks_BV = jnp.argsort(order_BV, axis=-1)
+        scaled_BV = jnp.where(jnp.take_along_axis(keep_BV, ranks_BV, axis=-1), scaled_BV, -jnp.inf)
+    if sampling.min_p > 0:
+        floor_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + np.log(sampling.min_p)
+        scaled_BV = jnp.where(scaled_BV < floor_B1, -jnp.inf, scaled_BV)
+    return scaled_BV
