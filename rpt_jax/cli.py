@@ -76,7 +76,9 @@ def _lines(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
 
 def run(command: str, words: list[str]) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
-    from rpt_jax import commands, config
+    from rpt_jax import commands, compilation, config
+
+    compilation.keep_on_disk()
 
     takes = next(takes for name, takes, _ in COMMANDS if name == command)
     given = words.pop(0) if takes and words and not words[0].startswith("-") else ""

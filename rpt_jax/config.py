@@ -232,6 +232,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     rollouts_logged: int = 8  # rollouts written to rollouts.jsonl each step
+    profile: bool = False  # the run's second update is traced by jax.profiler into run_folder/profile
     wandb: bool = False  # log to Weights & Biases too (extra `wandb`)
 
     def check(self) -> None:

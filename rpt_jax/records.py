@@ -47,6 +47,7 @@ class Rollouts:
     lengths_NG: Array  # int32, live tokens, the end token included
     logprobs_NGR: Array  # float32, log-prob of each token under softmax(z / temperature), 0 in padding
     finished_NG: Array  # bool, ended by an end token rather than by the limit
+    slot_steps: int = 0  # slots times decode steps that sampling took: the tokens, if no slot was ever idle
 
 
 @struct.dataclass

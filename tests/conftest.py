@@ -11,6 +11,7 @@ from pathlib import Path
 # Before the first import of jax: the flags are read once, when its backend starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # what a test compiles is not kept
 # Level 0 halves the time of the suite, which is mostly compilation of programs that run once on tiny arrays. What
 # stands in XLA_FLAGS already comes last and wins.
 os.environ["XLA_FLAGS"] = (

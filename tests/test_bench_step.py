@@ -1,6 +1,5 @@
 """`rpt bench step`: the workload is the one that other implementations draw, and figures are of what they say."""
 
-import inspect
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from rpt_jax import cli
-from rpt_jax.policy import flops, sampler
+from rpt_jax.policy import flops
 from rpt_jax.study import bench_step, stopwatch
 from rpt_jax.study.bench_step import StepBench, measure_here
 from rpt_jax.study.bench_workload import WORKLOADS, Workload, draw_data, draw_params
@@ -25,7 +24,7 @@ def test_w1_has_the_log_probs_that_other_implementations_find():
     """google-tunix 0.1.7 and TRL 1.14 to 1.16 agree on these to seven digits: mean, and the first three tokens."""
     workload = WORKLOADS["W1"]
     params, data = draw_params(workload), draw_data(workload)
-    logprobs_NGR = np.asarray(bench_step._logprobs(params, data, workload.model), np.float64)
+    logprobs_NGR = np.asarray(bench_step._logprobs(params, data, None, workload.model), np.float64)
     assert logprobs_NGR.shape == (8, 8, 64)
     assert logprobs_NGR.mean() == pytest.approx(-9.808802, abs=1e-5)
     assert logprobs_NGR[0, 0, :3] == pytest.approx([-9.76075, -10.88222, -10.36410], abs=2e-5)
@@ -85,13 +84,12 @@ def test_ragged_responses_are_the_full_ones_cut(quick):
     assert 0 < live_NGR.mean() < 1
     np.testing.assert_array_equal(ragged.tokens_NGR, np.where(live_NGR, full.tokens_NGR, 0))
     np.testing.assert_array_equal(ragged.advantages_NG, full.advantages_NG)
-    exact_NGR = np.asarray(bench_step._logprobs(draw_params(workload), full, workload.model))
+    exact_NGR = np.asarray(bench_step._logprobs(draw_params(workload), full, None, workload.model))
     figures = measure_here(StepBench(workload, phases=("score", "update"), repeats=1))
     assert figures["checks"]["score_mean"] == pytest.approx(exact_NGR[live_NGR].mean(), abs=1e-5)
     assert figures["score"]["flops"] == flops.sampling(workload.model, 2, 16, 4, int(live_NGR.sum()))
 
 
-@pytest.mark.skipif("limits_NG" not in inspect.signature(sampler.sample).parameters, reason="sample takes no limits")
 def test_ragged_rollouts_have_the_lengths_of_the_responses(quick):
     workload = Workload(**SMALL | {"tokens": 12}, lengths="geometric", mean_length=4.0)
     figures = measure_here(StepBench(workload, phases=("rollout", "e2e"), repeats=1))

@@ -148,6 +148,7 @@ def test_metrics_by_hand():
         "sampled_rollouts": 16,
         "sampled_prompt_tokens": 24,
         "sampled_tokens": sum(lengths),
+        "live_slot_share": 1.0,
     }
     assert row == pytest.approx(expected)
 

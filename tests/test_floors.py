@@ -23,6 +23,7 @@ ORDER = [
     "rpt_jax.records",
     "rpt_jax.config",
     "rpt_jax.mesh",
+    "rpt_jax.compilation",
     "rpt_jax.corpus.tokenizer_files",
     "rpt_jax.corpus.tokenizer",
     "rpt_jax.corpus.text_files",

@@ -142,12 +142,6 @@ def test_windows_predict_every_token_once_from_half_a_window_or_all(window):
         assert kept == list(range(1, tokens))
 
 
-def test_padded_lengths_are_few_and_near():
-    lengths = [proxy.padded_length(n) for n in range(1, 4097)]
-    assert all(n <= length <= max(16, 1.5 * n) for n, length in enumerate(lengths, start=1))
-    assert sorted(set(lengths))[:6] == [16, 24, 32, 48, 64, 96] and len(set(lengths)) == 17
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -26,13 +26,13 @@ from rpt_jax.policy import flops
 from rpt_jax.records import InputError
 
 STEPS = 24  # the same in all runs, so that they share what is compiled
-TIMES = ("seconds", "tokens_per_second")  # what differs from run to run, or ends so
+TIMES = ("seconds", "tokens_per_second", "programs_compiled")  # what differs from run to run, or ends so
 
 
 def settings(folder, **options):
     """Dynamic sampling acts from step 3 on, in at most one more round; groups that agree are common."""
     changes = {
-        "seed": 3,
+        "seed": 4,
         "steps": STEPS,
         "sample": SampleConfig(group_size=8, temperature=1.0, max_tokens=8, tokens_per_call=8),
         "dynamic_sampling": DynamicSamplingConfig(from_step=3, max_rounds=1),
@@ -156,6 +156,23 @@ def test_flops_are_those_of_all_rounds_and_of_the_batch():
     assert row["flops_update"] == flops.update(model, 8, 32, 64, tokens) and tokens < row["sampled_tokens"]
 
 
+def test_a_run_says_where_its_time_goes(tmp_path, caplog):
+    """A trace of the second update with the host at work, phases in every row, and one check of the shared way."""
+    caplog.set_level("INFO", "rpt_jax.learning.batch")
+    with pytest.raises(Stop):
+        run(settings(tmp_path, profile=True), report=stop_at(3), evaluate=None)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    lines = [line for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines]
+    assert {"reward", "host"} <= {event.name for line in lines for event in line.events}
+    rows = run_folder.read_rows(tmp_path / "metrics.jsonl")
+    for row in rows:
+        assert min(row[f"seconds_{phase}"] for phase in ("sample", "reward", "update")) > 0
+        assert 0 < row["live_slot_share"] <= 1 < row["sharing_ratio"]
+    counts = [row["programs_compiled"] for row in rows]
+    assert counts == sorted(counts)
+    assert sum("log-probs of whole sequences" in record.message for record in caplog.records) == 1
+
+
 def test_another_seed_is_another_run(tmp_path):
     with pytest.raises(Stop):
         run(settings(tmp_path, seed=1), report=stop_at(2))
@@ -235,7 +252,7 @@ def assert_close(rows, expected):
     assert len(rows) == len(expected)
     for row, there in zip(rows, expected, strict=True):
         assert row.keys() == there.keys()
-        for name in row.keys() - {"sharing_ratio"}:  # prompts share their head with those on the same device alone
+        for name in row.keys() - {"sharing_ratio", "live_slot_share"}:  # what meets on a device shares head and slots
             np.testing.assert_allclose(row[name], there[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 

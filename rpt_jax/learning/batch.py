@@ -5,6 +5,8 @@ take them, with the stream in which shared prefixes run once (policy/stream.py).
 gives the log-probs of whole sequences.
 """
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,8 @@ from rpt_jax.mesh import batch_parts, batch_sharding, place, to_host
 from rpt_jax.policy.scorer import score
 from rpt_jax.policy.stream import deal, packed
 from rpt_jax.records import Array, Batch, Params, Prompts, Rollouts
+
+log = logging.getLogger(__name__)
 
 # Mean distance of log-probs, nats, that rounding explains; a wrong mask makes tenths.
 ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -42,9 +46,22 @@ def pack(prompts: Prompts, rollouts: Rollouts, advantages_NG: Array, config: Upd
     return place(batch, batch_sharding(mesh)).replace(stream=place(stream, batch_sharding(mesh, axis=1)))
 
 
-def shape_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    """Of all arrays: what decides whether an update has been compiled."""
-    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+def maybe_check(
+    seen: set, params: Params, batch: Batch, temperature: float, model: ModelConfig, config: UpdateConfig, mesh: Mesh
+) -> None:
+    """check_shared_prefix, if config asks for it at this batch, which has a shape that is not among those `seen`.
+
+    The shape is added to them. A new one means that the update is compiled.
+    """
+    shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+    if shape in seen:
+        return
+    tokens = batch.stream.tokens_UT.shape[2]
+    log.info("compiling the update for batches of up to %d tokens a device and microbatch", tokens)
+    if config.check_shared_prefix == "every_shape" or (config.check_shared_prefix == "first_step" and not seen):
+        apart = check_shared_prefix(params, batch, temperature, model=model, config=config, mesh=mesh)
+        log.info("shared prefixes give the log-probs of whole sequences: %.1e nats apart on average", apart)
+    seen.add(shape)
 
 
 def check_shared_prefix(

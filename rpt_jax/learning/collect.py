@@ -28,9 +28,8 @@ from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answer
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning.advantages import groups_agree
 from rpt_jax.learning.rewards import prefix_matching
-from rpt_jax.mesh import batch_sharding, place
-from rpt_jax.policy.proxy import padded_length
 from rpt_jax.policy.sampler import sample
+from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
 
 SHOWN_CONTEXT = 240  # bytes of context in rollouts.jsonl
@@ -81,7 +80,8 @@ def collect(
     Metrics tell of all rollouts sampled in the step, those of dropped groups too: reward, accuracy (share of rollouts
     whose answer is right), format_rate (share with an answer), solved_share (of groups with a right answer),
     zero_variance_share and of it all_right_share and all_wrong_share, length and length_max (tokens), unfinished_share
-    (stopped by the limit), sampled_prompts, sampled_rollouts, sampled_prompt_tokens, sampled_tokens, rounds, queued,
+    (stopped by the limit), sampled_prompts, sampled_rollouts, sampled_prompt_tokens, sampled_tokens,
+    live_slot_share (of all slots of all decode steps, those that made a token that counts), rounds, queued,
     refilled (groups in the batch that agree although dynamic sampling is on), seconds of sampling and of rewarding.
     """
     dynamic = source.config.dynamic_sampling
@@ -124,12 +124,11 @@ def roll(
     start = time.perf_counter()
     prompts = assemble(tokenizer, source.template, config.prompt, source.documents, positions)
     prompts = prompts.replace(tokens_NT=_fit(prompts.tokens_NT, prompts.lengths_N))
-    read = {name: getattr(prompts, name) for name in ("tokens_NT", "lengths_N", "ids_N2")}  # what the sampler reads
-    on_mesh = prompts.replace(**place(read, batch_sharding(source.mesh)))
-    rollouts = sample(params, source.model, config.sample, on_mesh, key, source.end_ids)
+    rollouts = sample(params, source.model, config.sample, prompts, key, source.end_ids)
     sampled = time.perf_counter()
-    answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
-    rewards_NG = prefix_matching(answers, prompts)
+    with jax.profiler.TraceAnnotation("reward"):
+        answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
+        rewards_NG = prefix_matching(answers, prompts)
     seconds = sampled - start, time.perf_counter() - sampled
     return Groups(positions, prompts, rollouts, tuple(map(tuple, answers)), rewards_NG), seconds
 
@@ -171,6 +170,7 @@ def describe(rounds: Sequence[Groups]) -> dict:
     answered = [answer is not None for part in rounds for row in part.answers for answer in row]
     agree_N = np.asarray(groups_agree(rewards_NG))
     any_right_N = (rewards_NG > 0).any(axis=1)
+    slot_steps = sum(part.rollouts.slot_steps for part in rounds)
     return {
         "reward": float(rewards_NG.mean()),
         "accuracy": float((rewards_NG == 1).mean()),
@@ -186,6 +186,7 @@ def describe(rounds: Sequence[Groups]) -> dict:
         "sampled_rollouts": rewards_NG.size,
         "sampled_prompt_tokens": int(sum(part.prompts.lengths_N.sum() for part in rounds)),
         "sampled_tokens": int(lengths_NG.sum()),
+        "live_slot_share": float(lengths_NG.sum() / max(1, lengths_NG.sum(), slot_steps)),
     }
 
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rpt_jax import compilation
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus.positions import (
     AnnotatedDocuments,
@@ -33,8 +34,8 @@ from rpt_jax.corpus.prompts import Template, assemble, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.learning import checkpoints, preemption, progress, run_folder
 from rpt_jax.learning.advantages import group_advantages
-from rpt_jax.learning.batch import check_shared_prefix, pack, shape_of
-from rpt_jax.learning.collect import Source, collect, end_ids, shown
+from rpt_jax.learning.batch import maybe_check, pack
+from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
 from rpt_jax.learning.update import (
     TrainState,
     init_state,
@@ -46,7 +47,7 @@ from rpt_jax.learning.update import (
 from rpt_jax.mesh import check_batch_divides, make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
 from rpt_jax.policy.proxy import fingerprint
-from rpt_jax.records import Batch, InputError, Params
+from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
 
@@ -191,18 +192,13 @@ def _loop(
         for step in range(done, config.steps):
             with told.may_break_off():
                 _maybe_evaluate(run, state, step, evaluated)
-                groups, queue, row = collect(run.source, state.params, stream, queue, step)
-            began = time.perf_counter()
-            advantages_NG = group_advantages(
-                groups.rewards_NG, config.update.advantage, config.update.advantage_epsilon
-            )
-            batch = pack(groups.prompts, groups.rollouts, advantages_NG, config.update, run.source.mesh)
-            state, metrics = _update(run, state, batch)
-            require_finite(metrics, step + 1)
+            with _maybe_profiled(config, step):
+                with told.may_break_off():
+                    groups, queue, row = collect(run.source, state.params, stream, queue, step)
+                state, metrics = _update(run, state, groups, step)
             state = jax.device_put(state, shardings)  # moves nothing, unless the compiler chose another layout
             done, host = step + 1, _host_state(stream, queue)
-            row = {"step": done} | row | metrics | {"seconds_update": time.perf_counter() - began}
-            row = with_rates(row, run.source.model)
+            row = with_rates({"step": done} | row | metrics, run.source.model)
             run_folder.write_step(run.record, row, list(shown(run.source, groups, config.rollouts_logged, done)))
             run.show(row)
             if done % config.checkpoint.every == 0 or done == config.steps:
@@ -235,16 +231,26 @@ def _maybe_evaluate(run: Run, state: TrainState, step: int, evaluated: int) -> N
     run_folder.write_evaluation(run.record, {"step": step} | figures | {"seconds_evaluate": seconds})
 
 
-def _update(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-    """(next state, metrics as Python numbers)."""
-    config, model = run.source.config, run.source.model
+def _maybe_profiled(config: Config, step: int):
+    """A context in which jax.profiler writes down the run's second update, whose programs the first has compiled."""
+    if not config.profile or step != 1:
+        return contextlib.nullcontext()
+    return jax.profiler.trace(Path(config.run_folder) / "profile")
+
+
+def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[TrainState, dict]:
+    """(next state, metrics as Python numbers); raises FloatingPointError."""
+    config, model, began = run.source.config, run.source.model, time.perf_counter()
+    with jax.profiler.TraceAnnotation("host"):
+        advantages_NG = group_advantages(groups.rewards_NG, config.update.advantage, config.update.advantage_epsilon)
+        batch = pack(groups.prompts, groups.rollouts, advantages_NG, config.update, run.source.mesh)
     limit = config.sample.max_tokens if config.update.aggregate == "constant" else None
     reference_NGR = None
     if run.reference is not None:
         reference_NGR = response_logprobs(
             run.reference, batch, config.sample.temperature, model=model, config=config.update
         )
-    _maybe_check(run, state.params, batch)
+    maybe_check(run.shapes, state.params, batch, config.sample.temperature, model, config.update, run.source.mesh)
     state, metrics = train_step(
         state,
         batch,
@@ -255,20 +261,9 @@ def _update(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict
         config=config.update,
         steps=config.steps,
     )
-    return state, {name: value.item() for name, value in jax.device_get(metrics).items()}
-
-
-def _maybe_check(run: Run, params: Params, batch: Batch) -> None:
-    """Compares shared prefixes with whole sequences if that is asked for at this batch."""
-    config, shape = run.source.config, shape_of(batch)
-    when = config.update.check_shared_prefix
-    if when == "never" or shape in run.shapes or (when == "first_step" and run.shapes):
-        run.shapes.add(shape)
-        return
-    run.shapes.add(shape)
-    options = {"model": run.source.model, "config": config.update, "mesh": run.source.mesh}
-    apart = check_shared_prefix(params, batch, config.sample.temperature, **options)
-    log.info("shared prefixes give the log-probs of whole sequences: %.1e nats apart on average", apart)
+    row = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    require_finite(row, step + 1)
+    return state, row | {"seconds_update": time.perf_counter() - began, "programs_compiled": compilation.programs()}
 
 
 def with_rates(row: dict, model: ModelConfig) -> dict:

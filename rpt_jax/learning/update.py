@@ -160,7 +160,8 @@ def _part_loss(params, part, model, config, temperature):
 def _score(params, batch, model, config, temperature):
     """Log-probs and entropies of one microbatch."""
     prompts, responses = (batch.prompt_tokens_NT, batch.prompt_lengths_N), (batch.tokens_NGR, batch.lengths_NG)
-    return score(params, model, *prompts, *responses, temperature, config.token_chunk, stream=batch.stream)
+    with jax.named_scope("score"):
+        return score(params, model, *prompts, *responses, temperature, config.token_chunk, stream=batch.stream)
 
 
 def loss_and_gradients(
@@ -286,7 +287,8 @@ def train_step(
     loss, gradients, metrics = loss_and_gradients(
         state.params, batch, temperature, response_limit, reference_NGR, model=model, config=config
     )
-    state, more = apply_gradients(state, loss, gradients, config, steps)
+    with jax.named_scope("update"):
+        state, more = apply_gradients(state, loss, gradients, config, steps)
     prompts, responses = jnp.sum(batch.prompt_lengths_N), jnp.sum(batch.lengths_NG)
     G, run = batch.lengths_NG.shape[1], prompts + responses
     if batch.stream is not None:

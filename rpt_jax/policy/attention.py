@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from rpt_jax.policy.stream import Block, Stream
 from rpt_jax.records import Array
@@ -66,7 +67,8 @@ def attend_in_blocks(q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, stream: Stream
 @partial(jax.checkpoint, prevent_cse=False)
 def _attend_of(block: Block, q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, positions_UT: Array) -> Array:
     (U, B, Q), S, (H, C) = block.queries_UBQ.shape, block.keys_UBS.shape[2], q_UTHC.shape[2:]
-    at_once = max(1, SCORES_AT_ONCE.get(jax.default_backend(), ELSEWHERE) // (U * H * Q * S))
+    backend = "tpu" if pltpu.is_tpu_device() else jax.default_backend()  # that of jax.set_mesh, when compiling for it
+    at_once = max(1, SCORES_AT_ONCE.get(backend, ELSEWHERE) // (U * H * Q * S))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def some(part):

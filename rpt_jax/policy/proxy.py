@@ -35,6 +35,7 @@ from rpt_jax.corpus.positions import (
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.mesh import batch_sharding, place, to_host
 from rpt_jax.policy import decoder
+from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params
 
 Source = Sequence[tuple[int, str, np.ndarray]]  # document number, name, tokens_T
@@ -159,14 +160,6 @@ def windows(tokens: int, window: int) -> list[tuple[int, int, int]]:
         spans.append((start, stop, first))
         start, first = start + window // 2, stop + 1
     return spans
-
-
-def padded_length(tokens: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds so many tokens: few shapes, a third of padding at most."""
-    power = 16
-    while power < tokens:
-        power *= 2
-    return power if power == 16 or tokens > power * 3 // 4 else power * 3 // 4
 
 
 def _batches(

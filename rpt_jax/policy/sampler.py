@@ -104,8 +104,8 @@ def sample(
             columns = _columns(int(moves.made_US.max()) + ahead, sampling)
             state = move(prefilled, keys_UY, old, spread(moves), seating.width, columns)
         enough = worth_a_look(seating, waiting, first)
-        state, *drawn = decode(params, model, sampling, end_ids, state, enough)
-        written.note(seating, *to_host(drawn))
+        state, steps, *drawn = decode(params, model, sampling, end_ids, state, enough)
+        written.note(seating, int(steps), *to_host(drawn))
         before = seating
         seating, waiting = next_seating(seating, written.alive(seating), waiting, G, first)
     return written.rollouts(N, G, sampling.max_tokens)
@@ -128,6 +128,7 @@ class _Written:
         self.tokens_UYR = np.zeros((*limits_UY.shape, int(limits_UY.max(initial=0))), np.int32)
         self.logprobs_UYR = np.zeros(self.tokens_UYR.shape, np.float32)
         self.made_UY, self.ended_UY = np.zeros(limits_UY.shape, np.int32), np.zeros(limits_UY.shape, bool)
+        self.slot_steps = 0
 
     def of(self, array_UY: np.ndarray, seating: Seating, nobody) -> np.ndarray:
         """[U, S] of what sits there."""
@@ -141,8 +142,9 @@ class _Written:
     def alive(self, seating: Seating) -> np.ndarray:
         return self.left(seating) > 0
 
-    def note(self, seating: Seating, tokens_XB: np.ndarray, logprobs_XB: np.ndarray, counts_B: np.ndarray) -> None:
-        """Takes in what a call has drawn: the first counts_B of each column."""
+    def note(self, seating: Seating, steps: int, tokens_XB, logprobs_XB, counts_B: np.ndarray) -> None:
+        """Takes in what a call of so many steps has drawn: the first counts_B of each column."""
+        self.slot_steps += steps * seating.rollouts_US.size
         for (u, s), count in np.ndenumerate(counts_B.reshape(seating.rollouts_US.shape)):
             if count:
                 y, b = seating.rollouts_US[u, s], u * seating.rollouts_US.shape[1] + s
@@ -162,6 +164,7 @@ class _Written:
             lengths_NG=self.made_UY.reshape(by_prompt),
             logprobs_NGR=np.pad(self.logprobs_UYR, missing).reshape(*by_prompt, R),
             finished_NG=self.ended_UY.reshape(by_prompt),
+            slot_steps=self.slot_steps,
         )
 
 
@@ -206,7 +209,8 @@ def rollout_keys(key: Array, ids_UN2: Array, group_size: int) -> Array:
 @partial(jax.jit, static_argnums=1)
 def prefill(params: Params, model: ModelConfig, stream: Stream, lasts_UN: Array) -> Prefilled:
     """Keys and values of the prompts' stream and, of each prompt, the hidden state after its last token."""
-    hidden_UTD, (k_LUTKC, v_LUTKC) = decoder.prefill_stream(params, model, stream)
+    with jax.named_scope("prefill"):
+        hidden_UTD, (k_LUTKC, v_LUTKC) = decoder.prefill_stream(params, model, stream)
     return Prefilled(k_LUTKC, v_LUTKC, jax.vmap(_at)(hidden_UTD, lasts_UN))
 
 
@@ -285,11 +289,11 @@ def decode(
     end_ids: tuple[int, ...],
     state: DecodeState,
     enough: Array | int,
-) -> tuple[DecodeState, Array, Array, Array]:
-    """(state, tokens_XB, logprobs_XB, counts_B): up to X = `sampling.tokens_per_call` more tokens for every slot.
+) -> tuple[DecodeState, Array, Array, Array, Array]:
+    """(state, steps made, tokens_XB, logprobs_XB, counts_B): up to X more tokens for every slot.
 
-    Fewer if no more than `enough` are alive or the cache is full, but one at least. Of a slot's column the first
-    counts_B are its own.
+    X is `sampling.tokens_per_call`; fewer if no more than `enough` are alive or the cache is full, but one at least. Of
+    a slot's column the first counts_B are its own.
     """
     X, B, columns = sampling.tokens_per_call, *state.cache.positions_BS.shape
 
@@ -319,8 +323,9 @@ def decode(
         return index + 1, state, tokens_XB, logprobs_XB, counts_B + alive_B
 
     empty = jnp.zeros((X, B), jnp.int32), jnp.zeros((X, B), jnp.float32), jnp.zeros((B,), jnp.int32)
-    _, *out = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), state, *empty))
-    return tuple(out)
+    with jax.named_scope("decode"):
+        steps, state, *drawn = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), state, *empty))
+    return state, steps, *drawn
 
 
 def _write(cache: KeyValues, new: KeyValues, column: Array) -> KeyValues:

@@ -108,7 +108,7 @@ def packed(
 
 def packed_prompts(prompt_tokens_NT: np.ndarray, prompt_lengths_N: np.ndarray, units: int = 1):
     """(the stream of prompts alone, paths_UNT: the place in it of each prompt's tokens, the first repeated behind)."""
-    N, T = len(prompt_lengths_N), stepped(int(prompt_lengths_N.max()))
+    N, T = len(prompt_lengths_N), padded_length(int(prompt_lengths_N.max()))
     nothing_NGR = np.zeros((N, 1, 0), np.int32)
     stream, parts = _packed(prompt_tokens_NT, prompt_lengths_N, nothing_NGR, np.zeros((N, 1), np.int32), units)
     paths_UNT = [[np.pad(path, (0, T - len(path)), constant_values=path[0]) for path in part.paths] for part in parts]
@@ -122,7 +122,8 @@ def _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units):
         prompts = [prompt_tokens_NT[n, : prompt_lengths_N[n]] for n in rows]
         responses = [[tokens_NGR[n, g, : lengths_NG[n, g]] for g in range(G)] for n in rows]
         parts.append(_unit(prompts, responses, R))
-    T, X = stepped(max(len(part.tokens_T) for part in parts)), stepped(max(len(part.targets_X) for part in parts))
+    X = stepped(max(len(part.targets_X) for part in parts))
+    T = X + stepped(max(part.prompt_tokens for part in parts), steps=4)  # no size of its own, so that few pairs occur
     kinds = zip(*(part.blocks for part in parts), strict=True)
     blocks = tuple(_filled(lists, T) for lists in kinds if any(lists))
     queries = [[block.queries_UBQ[u] for block in blocks] for u in range(units)]
@@ -148,6 +149,7 @@ class _Unit(NamedTuple):
     targets_X: np.ndarray
     places_Y: np.ndarray  # -1 where there is no token
     paths: list[np.ndarray]  # places of each prompt's tokens
+    prompt_tokens: int  # of tokens_T, the first ones
 
 
 def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray]], R: int) -> _Unit:
@@ -173,6 +175,7 @@ def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray
         shared = _common(before, prompts[n])
         before, path = prompts[n], append(path[:shared], prompts[n][shared:], 0)
         paths[n] = path
+    prompt_tokens = size
     places_Y = np.full((len(prompts), len(responses[0]), R), -1, np.int32)
     for n, g in np.ndindex(*places_Y.shape[:2]):
         response = responses[n][g]
@@ -183,7 +186,7 @@ def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray
             places_Y[n, g, : len(response)] = sum(map(len, targets[:-1])) + np.arange(len(response))
     joined = (np.concatenate([np.zeros(0, np.int32), *parts]) for parts in (tokens, positions, predictors, targets))
     tokens_T, positions_T, predictors_X, targets_X = joined
-    return _Unit(tokens_T, positions_T, blocks, predictors_X, targets_X, places_Y.ravel(), paths)
+    return _Unit(tokens_T, positions_T, blocks, predictors_X, targets_X, places_Y.ravel(), paths, prompt_tokens)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -196,7 +199,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 def _filled(lists: Sequence[list], T: int) -> Block:
     """Blocks of all units as one array each, filled with T."""
     B = stepped(max(map(len, lists)))
-    Q, S = (stepped(max(len(pair[i]) for pairs in lists for pair in pairs)) for i in range(2))
+    Q, S = (padded_length(max(len(pair[i]) for pairs in lists for pair in pairs)) for i in range(2))
     queries_UBQ, keys_UBS = np.full((len(lists), B, Q), T, np.int32), np.full((len(lists), B, S), T, np.int32)
     for u, pairs in enumerate(lists):
         for b, (queries, keys) in enumerate(pairs):
@@ -208,12 +211,20 @@ def _to(line: np.ndarray, length: int, value: int) -> np.ndarray:
     return np.pad(line, (0, length - len(line)), constant_values=value).astype(np.int32)
 
 
-def stepped(size: int) -> int:
-    """The smallest of 1 .. 16, 18, 20, .. 32, 36, .. (eight to an octave) that holds `size`: an eighth more at most."""
+def stepped(size: int, steps: int = 8) -> int:
+    """The smallest of 1, 2, .. 16, 18, 20, .. 32, 36, .. (`steps` to an octave) that holds `size`."""
     step = 1
-    while size > 16 * step:
+    while size > 2 * steps * step:
         step *= 2
     return -(-size // step) * step
+
+
+def padded_length(tokens: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds so many tokens: few shapes, a third of padding at most."""
+    power = 16
+    while power < tokens:
+        power *= 2
+    return power if power == 16 or tokens > power * 3 // 4 else power * 3 // 4
 
 
 def deal(loads_N: np.ndarray, documents_N: np.ndarray, bins: int) -> np.ndarray:

@@ -30,6 +30,9 @@ class CompareBench:
     repeats: int = 5  # timed calls of each phase
     warmup: int = 1  # calls before them, after the first, which compiles
     cores: str = ""  # CPUs to run on, e.g. 0,1; "": those of this process
+    devices: int = 1  # ours: that prompts are split over; a CPU is made into so many
+    microbatches: int = 1  # ours: of an update
+    remat: Literal["none", "layer", "dots"] = "dots"  # ours: kept for the backward pass
     seed: int = 0  # of our sampling
     peer_python: str = ""  # interpreter that has the peer's packages; "": this one
     peer_path: str = ""  # PYTHONPATH of the peer, e.g. a checkout; "": as inherited
@@ -42,9 +45,8 @@ def compare(peer: str, config: CompareBench) -> dict:
     `ratios` holds for each phase that both measured: `speed` = the peer's median seconds / ours, `memory` = our peak of
     host memory / the peer's, and for the rollout `tokens_per_s` = our median / the peer's.
     """
-    step = StepBench(
-        WORKLOADS[config.workload], config.phases, config.repeats, config.warmup, config.cores, config.seed
-    )
+    shared = ("phases", "repeats", "warmup", "cores", "devices", "microbatches", "remat", "seed")
+    step = StepBench(workload=WORKLOADS[config.workload], **{name: getattr(config, name) for name in shared})
     step.check()
     if not Path(peer).is_file():
         raise InputError(f"bench: no script {peer!r}: name the peer's, rpt bench compare PEER.py")

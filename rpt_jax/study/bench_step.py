@@ -17,16 +17,19 @@ from functools import partial
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import rpt_jax
-from rpt_jax.config import SampleConfig, UpdateConfig, from_dict, to_dict
+from rpt_jax.config import MeshConfig, ModelConfig, SampleConfig, UpdateConfig, from_dict, to_dict
 from rpt_jax.learning.advantages import group_advantages
+from rpt_jax.learning.batch import pack
 from rpt_jax.learning.update import init_state, make_optimizer, require_finite, train_step
+from rpt_jax.mesh import batch_sharding, make_mesh, place, replicated
 from rpt_jax.policy import flops, sampler
 from rpt_jax.policy.scorer import score
-from rpt_jax.records import Array, Batch, InputError, Params, Rollouts
+from rpt_jax.policy.stream import Stream, packed
+from rpt_jax.records import Array, InputError, Params, Rollouts
 from rpt_jax.study.bench_workload import WORKLOADS, Data, Workload, draw_data, draw_params
 from rpt_jax.study.stopwatch import measure
 
@@ -50,6 +53,9 @@ class StepBench:
     repeats: int = 5  # timed calls of each phase
     warmup: int = 1  # calls before them, after the first, which compiles
     cores: str = ""  # CPUs to run on, e.g. 0,1; "": those of this process
+    devices: int = 1  # that prompts are split over; a CPU is made into so many
+    microbatches: int = 1  # of an update
+    remat: Literal["none", "layer", "dots"] = "dots"  # kept for the backward pass: all | layer inputs | matmul outputs
     seed: int = 0  # of sampling, and of the rewards of e2e; weights and data have seeds of their own
 
     def check(self) -> None:
@@ -59,6 +65,12 @@ class StepBench:
             raise InputError(
                 f"bench: phases={list(self.phases)}, repeats={self.repeats}, warmup={self.warmup}: use one phase or "
                 "more, repeats of 1 or more and warmup of 0 or more"
+            )
+        prompts, parts = self.workload.prompts, self.devices * self.microbatches
+        if min(self.devices, self.microbatches) < 1 or prompts % parts:
+            raise InputError(
+                f"bench: workload.prompts={prompts} do not divide into devices={self.devices} times microbatches="
+                f"{self.microbatches}: use numbers of 1 or more whose product divides the prompts"
             )
         if self.cores and not hasattr(os, "sched_setaffinity"):
             raise InputError(f"bench: cores={self.cores!r} cannot be chosen on this system: leave it empty")
@@ -93,12 +105,14 @@ def run_for_json(command: list[str], what: str, environment: dict[str, str] | No
 
 def measure_here(config: StepBench) -> dict:
     """The same in this process, on the cores that it has."""
-    params, data = draw_params(config.workload), draw_data(config.workload)
+    data, mesh = draw_data(config.workload), _mesh(config)
+    params = place(draw_params(config.workload), replicated(mesh))
     phases = {"rollout": _rollout, "score": _score, "update": _update, "e2e": _whole_step}
     figures, checks = {}, {}
-    for phase in dict.fromkeys(config.phases):
-        figures[phase], found = phases[phase](config, params, data)
-        checks |= found
+    with jax.set_mesh(mesh):
+        for phase in dict.fromkeys(config.phases):
+            figures[phase], found = phases[phase](config, params, data)
+            checks |= found
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "workload": next((name for name, each in WORKLOADS.items() if each == config.workload), "custom"),
@@ -107,6 +121,9 @@ def measure_here(config: StepBench) -> dict:
         "backend": jax.default_backend(),
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "versions": {"rpt_jax": rpt_jax.__version__} | {name: importlib.metadata.version(name) for name in packages},
+        "devices": config.devices,
+        "microbatches": config.microbatches,
+        "remat": config.remat,
         "repeats": config.repeats,
         "warmup": config.warmup,
         "checks": checks,
@@ -125,9 +142,8 @@ def _sample(config: StepBench, params: Params, data: Data, index: int) -> Rollou
     """Rollouts as long as the data's responses: no token ends one, limits do."""
     workload = config.workload
     sampling = SampleConfig(group_size=workload.group, temperature=TEMPERATURE, max_tokens=workload.tokens)
-    limits = {} if workload.lengths == "full" else {"limits_NG": data.lengths_NG}
     key, never = jax.random.fold_in(jax.random.key(config.seed), index), (workload.vocabulary,)
-    return sampler.sample(params, workload.model, sampling, data.prompts, key, never, **limits)
+    return sampler.sample(params, workload.model, sampling, data.prompts, key, never, limits_NG=data.lengths_NG)
 
 
 def _rollout(config, params, data):
@@ -149,35 +165,49 @@ def _rollout(config, params, data):
 
 
 @partial(jax.jit, static_argnames="model")
-def _logprobs(params: Params, data: Data, model) -> Array:
-    prompts = data.prompts
-    return score(params, model, prompts.tokens_NT, prompts.lengths_N, data.tokens_NGR, data.lengths_NG, TEMPERATURE)[0]
+def _logprobs(params: Params, data: Data, stream: Stream, model) -> Array:
+    prompts, responses = (data.prompts.tokens_NT, data.prompts.lengths_N), (data.tokens_NGR, data.lengths_NG)
+    return score(params, model, *prompts, *responses, TEMPERATURE, stream=stream)[0]
+
+
+def _mesh(config: StepBench) -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[: config.devices])
+
+
+def _stream(config: StepBench, data: Data) -> Stream:
+    prompts, responses = (data.prompts.tokens_NT, data.prompts.lengths_N), (data.tokens_NGR, data.lengths_NG)
+    return place(packed(*prompts, *responses, units=config.devices), batch_sharding(_mesh(config)))
 
 
 def _score(config, params, data):
-    model = config.workload.model
-    figures = _measure(config, flops.sampling, data, lambda _: jax.block_until_ready(_logprobs(params, data, model)))
-    logprobs_NGR = np.asarray(_logprobs(params, data, model), np.float64)
+    model = _model(config)
+
+    def call(_=0):
+        return jax.block_until_ready(_logprobs(params, data, _stream(config, data), model))
+
+    figures = _measure(config, flops.sampling, data, call)
+    logprobs_NGR = np.asarray(call(), np.float64)
     mean = float(logprobs_NGR.sum() / data.lengths_NG.sum())
     return figures, {"score_mean": mean, "score_seq0": logprobs_NGR[0, 0, :3].tolist()}
 
 
 def _update(config, params, data):
-    model = config.workload.model
-    old_NGR = _logprobs(params, data, model)
-    batch = _batch(data, data.tokens_NGR, data.lengths_NG, old_NGR, data.advantages_NG)
-    state, metrics = init_state(params, make_optimizer(UPDATE, STEPS)), None
+    model, stream, update = _model(config), _stream(config, data), _update_config(config)
+    old_NGR = np.asarray(_logprobs(params, data, stream, model))
+    rollouts = Rollouts(data.tokens_NGR, data.lengths_NG, old_NGR, None)
+    batch = pack(data.prompts, rollouts, data.advantages_NG, update, _mesh(config))
+    state, metrics = init_state(params, make_optimizer(update, STEPS)), None
     checks = {"checked_updates": min(1 + config.warmup + config.repeats, CHECKED_UPDATES)}
 
     def call(_):
         nonlocal state, metrics
-        state, metrics = train_step(state, batch, TEMPERATURE, model=model, config=UPDATE, steps=STEPS)
+        state, metrics = train_step(state, batch, TEMPERATURE, model=model, config=update, steps=STEPS)
         jax.block_until_ready((state, metrics))
 
     def check(index):
         require_finite(metrics, index + 1)
         if index + 1 == checks["checked_updates"]:
-            gained_NGR = data.advantages_NG[:, :, None] * (_logprobs(state.params, data, model) - old_NGR)
+            gained_NGR = data.advantages_NG[:, :, None] * (_logprobs(state.params, data, stream, model) - old_NGR)
             checks["update_adv_dlogp"] = float(gained_NGR.sum() / data.lengths_NG.sum())
 
     return _measure(config, flops.update, data, call, check), checks
@@ -185,8 +215,8 @@ def _update(config, params, data):
 
 def _whole_step(config, params, data):
     """On-policy, as RPT is trained: each step samples from the policy that the one before has made."""
-    model = config.workload.model
-    update = dataclasses.replace(UPDATE, on_policy=True)
+    model = _model(config)
+    update = dataclasses.replace(_update_config(config), on_policy=True)
     state, metrics = init_state(params, make_optimizer(update, STEPS)), None
 
     def call(index):
@@ -194,7 +224,7 @@ def _whole_step(config, params, data):
         rollouts = _sample(config, state.params, data, index)
         rewards_NG = np.random.default_rng((config.seed, index)).integers(0, 2, rollouts.lengths_NG.shape)
         advantages_NG = group_advantages(rewards_NG, update.advantage, update.advantage_epsilon)
-        batch = _batch(data, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.logprobs_NGR, advantages_NG)
+        batch = pack(data.prompts, rollouts, advantages_NG, update, _mesh(config))
         state, metrics = train_step(state, batch, TEMPERATURE, model=model, config=update, steps=STEPS)
         jax.block_until_ready((state, metrics))
 
@@ -205,10 +235,12 @@ def _whole_step(config, params, data):
     return figures, {"e2e_mismatch_max": float(metrics["mismatch_max"])}
 
 
-def _batch(data: Data, tokens_NGR, lengths_NG, logprobs_NGR, advantages_NG) -> Batch:
-    prompts = data.prompts
-    batch = Batch(prompts.tokens_NT, prompts.lengths_N, tokens_NGR, lengths_NG, logprobs_NGR, advantages_NG)
-    return jax.tree.map(jnp.asarray, batch)
+def _update_config(config: StepBench) -> UpdateConfig:
+    return dataclasses.replace(UPDATE, microbatches=config.microbatches)
+
+
+def _model(config: StepBench) -> ModelConfig:
+    return dataclasses.replace(config.workload.model, remat=config.remat)
 
 
 def _main(job: str) -> None:
@@ -216,6 +248,8 @@ def _main(job: str) -> None:
     config = from_dict(StepBench, json.loads(job), "bench")
     if config.cores:
         os.sched_setaffinity(0, {int(core) for core in config.cores.split(",")})
+    if config.devices > 1:
+        jax.config.update("jax_num_cpu_devices", config.devices)
     print(json.dumps(measure_here(config)))
 
 

@@ -29,8 +29,9 @@ from rpt_jax.corpus.prompts import Template, assemble, parse_answers
 from rpt_jax.learning.rewards import prefix_matching
 from rpt_jax.mesh import batch_sharding, place, to_host
 from rpt_jax.policy import decoder
-from rpt_jax.policy.proxy import padded_length, text_logits
+from rpt_jax.policy.proxy import text_logits
 from rpt_jax.policy.sampler import sample as sample_rollouts
+from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
 
 KEY = 2**31 - 1  # folded into the seed's key where training folds its step in, so that the two never share a key
