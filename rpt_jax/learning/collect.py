@@ -134,15 +134,14 @@ def roll(
 
 
 def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
-    """The groups at (round, row), padded to one length of prompts and one of responses that few shapes share."""
+    """The groups at (round, row), their prompts padded to one length."""
     T = max(part.prompts.tokens_NT.shape[1] for part in rounds)
-    longest = max(int(rounds[r].rollouts.lengths_NG[row].max()) for r, row in rows)
 
     def gather(pick: Callable[[Groups], Array], width: int | None = None) -> np.ndarray:
         lines = [np.asarray(pick(rounds[r])[row]) for r, row in rows]
         return np.stack(lines if width is None else [_resize(line, width) for line in lines])
 
-    R = min(padded_length(longest), rounds[0].rollouts.tokens_NGR.shape[2])
+    R = rounds[0].rollouts.tokens_NGR.shape[2]
     prompts = Prompts(
         **{name: gather(lambda part, name=name: getattr(part.prompts, name)) for name in _names(Prompts, "tokens_NT")},
         tokens_NT=gather(lambda part: part.prompts.tokens_NT, T),
@@ -232,7 +231,7 @@ def _names(record, *without: str) -> list[str]:
 
 def _fit(tokens_NT: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
     """Padded to one of few lengths."""
-    T = padded_length(int(lengths_N.max()))
+    T = padded_length(max(64, int(lengths_N.max())))
     return np.stack([_resize(tokens_T, T) for tokens_T in tokens_NT])
 
 

@@ -22,7 +22,8 @@ from flax import struct
 
 from rpt_jax.records import Array
 
-QUERIES = 64  # of a block at most
+QUERIES = 64  # of a block
+FEWEST_KEYS = 128  # places for keys of a block: lengths below are not told apart
 
 
 @struct.dataclass
@@ -101,14 +102,14 @@ def packed(
 ) -> Stream:
     """The stream of live tokens alone, on the host; N / units consecutive prompts make a unit.
 
-    Sizes are rounded up (see `stepped`), so that the batches of a run have few shapes between them.
+    Sizes are rounded up, so that the batches of a run have few shapes between them: each takes seconds to compile.
     """
     return _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units)[0]
 
 
 def packed_prompts(prompt_tokens_NT: np.ndarray, prompt_lengths_N: np.ndarray, units: int = 1):
     """(the stream of prompts alone, paths_UNT: the place in it of each prompt's tokens, the first repeated behind)."""
-    N, T = len(prompt_lengths_N), padded_length(int(prompt_lengths_N.max()))
+    N, T = len(prompt_lengths_N), padded_length(max(QUERIES, int(prompt_lengths_N.max())))
     nothing_NGR = np.zeros((N, 1, 0), np.int32)
     stream, parts = _packed(prompt_tokens_NT, prompt_lengths_N, nothing_NGR, np.zeros((N, 1), np.int32), units)
     paths_UNT = [[np.pad(path, (0, T - len(path)), constant_values=path[0]) for path in part.paths] for part in parts]
@@ -122,8 +123,8 @@ def _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units):
         prompts = [prompt_tokens_NT[n, : prompt_lengths_N[n]] for n in rows]
         responses = [[tokens_NGR[n, g, : lengths_NG[n, g]] for g in range(G)] for n in rows]
         parts.append(_unit(prompts, responses, R))
-    X = stepped(max(len(part.targets_X) for part in parts))
-    T = X + stepped(max(part.prompt_tokens for part in parts), steps=4)  # no size of its own, so that few pairs occur
+    X = padded_length(max(len(part.targets_X) for part in parts)) if R else 0
+    T = X + padded_length(max(part.prompt_tokens for part in parts))
     kinds = zip(*(part.blocks for part in parts), strict=True)
     blocks = tuple(_filled(lists, T) for lists in kinds if any(lists))
     queries = [[block.queries_UBQ[u] for block in blocks] for u in range(units)]
@@ -198,8 +199,8 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 def _filled(lists: Sequence[list], T: int) -> Block:
     """Blocks of all units as one array each, filled with T."""
-    B = stepped(max(map(len, lists)))
-    Q, S = (padded_length(max(len(pair[i]) for pairs in lists for pair in pairs)) for i in range(2))
+    B, Q = padded_length(max(map(len, lists))), QUERIES
+    S = padded_length(max(FEWEST_KEYS, *(len(keys) for pairs in lists for _, keys in pairs)))
     queries_UBQ, keys_UBS = np.full((len(lists), B, Q), T, np.int32), np.full((len(lists), B, S), T, np.int32)
     for u, pairs in enumerate(lists):
         for b, (queries, keys) in enumerate(pairs):
@@ -209,14 +210,6 @@ def _filled(lists: Sequence[list], T: int) -> Block:
 
 def _to(line: np.ndarray, length: int, value: int) -> np.ndarray:
     return np.pad(line, (0, length - len(line)), constant_values=value).astype(np.int32)
-
-
-def stepped(size: int, steps: int = 8) -> int:
-    """The smallest of 1, 2, .. 16, 18, 20, .. 32, 36, .. (`steps` to an octave) that holds `size`."""
-    step = 1
-    while size > 2 * steps * step:
-        step *= 2
-    return -(-size // step) * step
 
 
 def padded_length(tokens: int) -> int:
