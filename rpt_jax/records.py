@@ -47,7 +47,8 @@ class Rollouts:
     lengths_NG: Array  # int32, live tokens, the end token included
     logprobs_NGR: Array  # float32, log-prob of each token under softmax(z / temperature), 0 in padding
     finished_NG: Array  # bool, ended by an end token rather than by the limit
-    slot_steps: int = 0  # slots times decode steps that sampling took: the tokens, if no slot was ever idle
+    # Slots times decode steps that sampling took: the tokens, if no slot was ever idle. A fact, not an array to place.
+    slot_steps: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
