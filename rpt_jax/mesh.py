@@ -101,6 +101,16 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
     return PartitionSpec(*entries)
 
 
+def copies_of_heads(kv_heads: int) -> int:
+    """How often a cache holds each key/value head, so that jax.set_mesh's `tensor` splits it; 1 without a mesh.
+
+    More than 1 where a head is shared by several devices: each then has a copy, and none has heads of others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.shape.get("tensor", 1)
+    return max(1, tensor // kv_heads) if tensor % kv_heads == 0 else 1
+
+
 def param_shardings(mesh: Mesh, logical_axes: Params, params: Params) -> Params:
     """The tree of NamedShardings for params (arrays or anything with .shape) and their logical axes."""
 
@@ -108,6 +118,21 @@ def param_shardings(mesh: Mesh, logical_axes: Params, params: Params) -> Params:
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, jax.tree_util.keystr(path)))
 
     return jax.tree_util.tree_map_with_path(sharding, logical_axes, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def mesh_of(tree: Params) -> Mesh | None:
+    """The mesh that the first array lies on; None for one that was put on a device without."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and "data" in sharding.mesh.shape else None
+
+
+def whole_over_fsdp(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding of an array that is no longer split over fsdp; the very same one if it never was."""
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape.get("fsdp", 1) == 1:
+        return sharding
+    left = [tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a != "fsdp") for e in sharding.spec]
+    spec = PartitionSpec(*(axes or None for axes in left))
+    return sharding if spec == sharding.spec else NamedSharding(sharding.mesh, spec)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -120,25 +145,20 @@ def batch_parts(mesh: Mesh) -> int:
     return _parts(BATCH, mesh)
 
 
-def rows_over_mesh(array):
-    """The array with its first axis over data and fsdp of jax.set_mesh's mesh, and the others whole, if that divides.
+def laid_out(array, *axes: str | None):
+    """The array over jax.set_mesh's mesh: axes by their logical names as RULES have them, None and the rest whole.
 
-    Said where the compiler would otherwise spread activations as it does the matrix that made them.
+    Said where the compiler would otherwise spread activations as it does the matrix that made them. What does not
+    divide is left whole; without a mesh, and inside shard_map, nothing is said.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    over = tuple(axis for axis in BATCH if axis in mesh.shape)
-    if mesh.empty or AxisType.Manual in mesh.axis_types or array.shape[0] % int(np.prod([mesh.shape[a] for a in over])):
-        return array
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(over))
-
-
-def gathered_rows(table_VD):
-    """The matrix with its rows over `tensor` only: rows looked up in it then lie where their indices do."""
-    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return table_VD
-    over = "tensor" if "tensor" in mesh.shape and table_VD.shape[0] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(table_VD, PartitionSpec(over, None))
+        return array
+    entries = []
+    for axis, size in zip(axes, array.shape, strict=False):
+        over = tuple(each for each in RULES.get(axis, ()) if each in mesh.shape)
+        entries.append(over if over and size % _parts(over, mesh) == 0 else None)
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*entries))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -137,7 +137,7 @@ def test_rollouts_do_not_depend_on_batch_size_padding_group_size_or_calls():
 
 
 def test_a_mesh_of_8_devices_gives_the_rollouts_of_one():
-    """Parameters split over fsdp and tensor, prompts over data and fsdp."""
+    """Parameters split over fsdp and tensor, whose two devices each cache the one kv head; prompts over data, fsdp."""
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy())
     assert_same(sample(meshes.to_global(prompts(), mesh), params=meshes.place(policy(), shardings)), rollouts())
@@ -210,3 +210,23 @@ def test_slots_over_eight_devices_give_the_rollouts_of_one():
     shardings = meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy())
     placed = meshes.place(policy(), shardings)
     assert_same(sample(sampling=replace(SAMPLING, slots=8, tokens_per_call=3), params=placed), rollouts())
+
+
+def test_sampling_reads_a_copy_that_is_whole_over_fsdp():
+    """In the computation's dtype, norm scales apart; one device's parameters, which are so, are not copied."""
+    model = replace(MODEL, dtype="bfloat16")
+    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = meshes.place(policy(), meshes.param_shardings(mesh, decoder.logical_axes(model), policy()))
+    copy = decoder.gathered(placed, model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(copy):
+        assert leaf.dtype == ("float32" if path[-1].key == "scale" else "bfloat16")
+        assert "fsdp" not in str(leaf.sharding.spec)
+    assert copy["layers"]["wq"].sharding.spec[2] == "tensor"
+    assert copy["layers"]["wq"].addressable_shards[0].data.size * 2 == placed["layers"]["wq"].size
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(policy()), jax.tree.leaves(decoder.gathered(policy(), MODEL)), strict=True)
+    )
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(decoder.gathered(copy, model)), strict=True)
+    )

@@ -63,11 +63,11 @@ def test_a_stream_by_hand():
     np.testing.assert_array_equal(got.positions_UT[0, :6], [0, 1, 1, 2, 2 + 1, -1])
     prompts, responses = got.blocks
     assert prompts.queries_UBQ.shape == (1, 16, 64) and prompts.keys_UBS.shape == (1, 16, 128)
-    np.testing.assert_array_equal(prompts.queries_UBQ[0, :3, :3], [[0, 1, 32], [2, 3, 32], [32] * 3])  # 32: nothing
-    np.testing.assert_array_equal(prompts.keys_UBS[0, :3, :3], [[0, 1, 32], [0, 2, 3], [32] * 3])
-    np.testing.assert_array_equal(responses.queries_UBQ[0, 0, :2], [4, 32])
-    np.testing.assert_array_equal(responses.keys_UBS[0, 0, :5], [0, 2, 3, 4, 32])
-    np.testing.assert_array_equal(got.places_UT[0, :5], [0, 1, 64, 65, 16 * 64])
+    np.testing.assert_array_equal(prompts.queries_UBQ[0, :3, -3:], [[32, 0, 1], [32, 2, 3], [32] * 3])  # 32: nothing
+    np.testing.assert_array_equal(prompts.keys_UBS[0, :3, -3:], [[32, 0, 1], [0, 2, 3], [32] * 3])
+    np.testing.assert_array_equal(responses.queries_UBQ[0, 0, -2:], [32, 4])
+    np.testing.assert_array_equal(responses.keys_UBS[0, 0, -5:], [32, 0, 2, 3, 4])
+    np.testing.assert_array_equal(got.places_UT[0, :5], [62, 63, 126, 127, 16 * 64 + 63])
     np.testing.assert_array_equal(got.predictors_UX[0, :3], [3, 4, 1])
     np.testing.assert_array_equal(got.targets_UX[0, :4], [8, 9, 1, -1])
     np.testing.assert_array_equal(got.places_UY, [[0, 1, 2, 16]])  # 16: nothing
@@ -102,7 +102,7 @@ def test_sequences_longer_than_a_block_in_several_turns(monkeypatch):
     """Blocks of 2 queries, 6 blocks a turn: the last turn is not full."""
     given = rollouts()
     expected = gradients(policy(), given, shared_prefix=False)
-    monkeypatch.setattr(stream, "QUERIES", 2)
+    monkeypatch.setattr(stream, "QUERIES_ELSEWHERE", 2)
     laid_out = stream.packed(*given)
     (_, B, Q), S = laid_out.blocks[1].queries_UBQ.shape, laid_out.blocks[1].keys_UBS.shape[2]
     monkeypatch.setitem(attention.SCORES_AT_ONCE, "cpu", 6 * MODEL.heads * Q * S)

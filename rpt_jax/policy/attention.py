@@ -5,14 +5,17 @@ those with 0 <= place of the key <= its own place in the sequence; padding has -
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from rpt_jax.policy import splash
 from rpt_jax.policy.stream import Block, Stream
 from rpt_jax.records import Array
 
+Implementation = Literal["auto", "xla", "splash", "interpret"]
 SCORES_AT_ONCE = {"cpu": 1 << 19}  # float32 scores of a stream's attention: what fits into a CPU's cache
 ELSEWHERE = 1 << 26
 
@@ -53,22 +56,34 @@ def _attend_source(q_BHTC, positions_BT, k_NKSC, v_NKSC, keys_NS):
     return by_query(top_NKX1), by_query(sums_NKX1), by_query(out_NKXC)
 
 
-def attend_in_blocks(q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, stream: Stream) -> Array:
+def attend_in_blocks(
+    q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, stream: Stream, implementation: Implementation = "auto"
+) -> Array:
     """Exact softmax attention within a stream, [U, T, H, C]; scores and softmax are float32.
 
-    A few blocks at a time, and again in the backward pass, so that scores stay in the cache of a CPU: on two cores
-    that is twice as fast as all at once.
+    A few blocks at a time, and again in the backward pass. "xla" keeps scores in the cache of a CPU; "splash" is
+    JAX's kernel for TPUs, "interpret" the same anywhere, slowly. "auto" is splash on TPUs where its rows are whole
+    lanes (splash.takes), and xla otherwise.
     """
-    outs = [_attend_of(block, q_UTHC, k_UTKC, v_UTKC, stream.positions_UT) for block in stream.blocks]
+    outs = [_attend_of(implementation, block, q_UTHC, k_UTKC, v_UTKC, stream.positions_UT) for block in stream.blocks]
     U, _, H, C = q_UTHC.shape
     return _pick(jnp.concatenate([out.reshape(U, -1, H, C) for out in outs], axis=1), stream.places_UT)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
-def _attend_of(block: Block, q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, positions_UT: Array) -> Array:
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _attend_of(
+    implementation: Implementation, block: Block, q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, positions_UT: Array
+) -> Array:
     (U, B, Q), S, (H, C) = block.queries_UBQ.shape, block.keys_UBS.shape[2], q_UTHC.shape[2:]
     backend = "tpu" if pltpu.is_tpu_device() else jax.default_backend()  # that of jax.set_mesh, when compiling for it
-    at_once = max(1, SCORES_AT_ONCE.get(backend, ELSEWHERE) // (U * H * Q * S))
+    if implementation == "auto":
+        implementation = "splash" if backend == "tpu" and splash.takes(block, C) else "xla"
+    if implementation == "xla":
+        at_once = max(1, SCORES_AT_ONCE.get(backend, ELSEWHERE) // (U * H * Q * S))
+        gather = _softmax_attention
+    else:
+        at_once = max(1, splash.AT_ONCE // (2 * S * k_UTKC.shape[2] * C * k_UTKC.dtype.itemsize))
+        gather = partial(splash.attend, interpret=implementation == "interpret")
 
     @partial(jax.checkpoint, prevent_cse=False)
     def some(part):
@@ -76,7 +91,7 @@ def _attend_of(block: Block, q_UTHC: Array, k_UTKC: Array, v_UTKC: Array, positi
         places = [_pick(positions_UT, each.reshape(U, -1), -1).reshape(each.shape) for each in part]
         q = _pick(q_UTHC, queries_UNQ.reshape(U, -1)).reshape(*queries_UNQ.shape, H, C)
         k, v = (_pick(a, keys_UNS.reshape(U, -1)).reshape(*keys_UNS.shape, -1, C) for a in (k_UTKC, v_UTKC))
-        return _softmax_attention(q, k, v, *places)
+        return gather(q, k, v, *places)
 
     chunks = -(-B // at_once)
     size = -(-B // chunks)

@@ -18,7 +18,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from rpt_jax.config import ModelConfig, RopeScaling
-from rpt_jax.mesh import gathered_rows, rows_over_mesh
+from rpt_jax.mesh import copies_of_heads, laid_out, whole_over_fsdp
 from rpt_jax.policy.attention import attend, attend_in_blocks
 from rpt_jax.policy.stream import Stream
 from rpt_jax.records import Array, Params
@@ -140,6 +140,7 @@ class Layer(nn.Module):
             k = RMSNorm(config.norm_epsilon, config.param_dtype, name="k_norm")(k)
         q, k = (checkpoint_name(rotate(a, positions_BT, config), "rotated") for a in (q, k))
         if stream is None:
+            k, v = (jnp.repeat(a, copies_of_heads(K), axis=2) for a in (k, v))
             q_BHTC, k_BKTC, v_BKTC = (a.swapaxes(1, 2) for a in (q, k, v))
             seen = tuple((ck, cv, p) for (ck, cv), p in zip(context_kv, context_positions, strict=True))
             out_BTHC = attend(q_BHTC, positions_BT, (*seen, (k_BKTC, v_BKTC, positions_BT))).swapaxes(1, 2)
@@ -186,7 +187,8 @@ class Decoder(nn.Module):
             self.param(
                 "head", nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", "vocab")), (D, V), dtype
             )
-        x_BTD = rows_over_mesh(gathered_rows(embedding_VD.astype(config.dtype))[tokens_BT])
+        table_VD = laid_out(embedding_VD.astype(config.dtype), "vocab")  # rows whole: they then lie where tokens do
+        x_BTD = laid_out(table_VD[tokens_BT], "batch")
         layer = Layer if config.remat == "none" else nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False)
         scanned = nn.scan(
             layer,
@@ -218,6 +220,21 @@ def logical_axes(config: ModelConfig) -> Params:
     """The tree of `init` with the logical axis names of each array, for mesh.py."""
     boxed = jax.eval_shape(partial(_init_boxed, config), jax.random.key(0))
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def gathered(params: Params, config: ModelConfig) -> Params:
+    """Parameters for sampling, which reads every matrix for every token: in config.dtype, and whole over fsdp.
+
+    Norm scales keep their dtype, so that hidden states are those of the scorer. Leaves that are so already are not
+    copied: where many calls sample from the same parameters, pass them what this returns.
+    """
+
+    def one(path, x):
+        x = x if path[-1].key == "scale" else x.astype(config.dtype)
+        where = whole_over_fsdp(x.sharding)
+        return x if where == x.sharding else jax.device_put(x, where)
+
+    return jax.tree_util.tree_map_with_path(one, jax.tree.map(jnp.asarray, params))
 
 
 def forward(

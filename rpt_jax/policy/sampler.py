@@ -15,12 +15,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.sharding import NamedSharding
 
 from rpt_jax.config import ModelConfig, SampleConfig
-from rpt_jax.mesh import batch_parts, batch_sharding, check_batch_divides, place, to_host
+from rpt_jax.mesh import (
+    batch_parts,
+    batch_sharding,
+    check_batch_divides,
+    mesh_of,
+    place,
+    to_host,
+)
 from rpt_jax.policy import decoder
+from rpt_jax.policy.caches import DecodeState, Moves, Prefilled, at, begin, in_place, move, refill
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.draw import draw
 from rpt_jax.policy.slots import Seating, first_seating, next_seating, worth_a_look
@@ -28,43 +34,6 @@ from rpt_jax.policy.stream import Stream, packed_prompts
 from rpt_jax.records import Array, Params, Prompts, Rollouts
 
 FIRST_CACHE = 64  # columns; doubled when too few
-
-
-@struct.dataclass
-class Prefilled:
-    """Keys and values of a stream of prompts, and what predicts the first token of each prompt."""
-
-    k_LUTKC: Array
-    v_LUTKC: Array
-    last_UND: Array
-
-
-@struct.dataclass
-class Moves:
-    """A seating for the device: what goes into each of S slots of a unit and each of its S / width rows."""
-
-    prompts_UR: Array  # the row's prompt
-    paths_URT: Array  # the places of its tokens in the stream
-    lengths_UR: Array  # its tokens
-    rollouts_US: Array  # prompt * G + member; any where there is none
-    sources_US: Array  # the slot that the rollout had before, -1: none
-    made_US: Array  # tokens that it has
-    limits_US: Array  # tokens that it may have; 0 for an empty slot
-
-
-@struct.dataclass
-class DecodeState:
-    """What a decode step reads and changes, for B = U * S slots; `cache` holds the responses only."""
-
-    prompt: KeyValues  # of each row
-    prompt_lengths_B: Array
-    keys_B: Array  # of the rollout; the token's index is folded in
-    limits_B: Array
-    cache: KeyValues
-    column: Array  # of the cache, where the next token of every slot goes
-    hidden_BD: Array  # after the newest token: predicts the next one
-    made_B: Array  # tokens of the rollout so far
-    alive_B: Array
 
 
 def sample(
@@ -82,12 +51,26 @@ def sample(
     `key` is the run's key folded with the step. A rollout ends with a token of `end_ids` (kept) or after
     `sampling.max_tokens` (or limits_NG, where given and less). Log-probs are those of the softmax at
     `sampling.temperature` before top-k, top-p and min-p cut it (the distribution that the scorer gives), or at
-    temperature 1 when it is 0 (greedy). Work is split over data and fsdp of the mesh that the parameters lie on.
+    temperature 1 when it is 0 (greedy). Work is split over data and fsdp of the mesh that the parameters lie on;
+    decoder.gathered says how the parameters lie best.
     """
+    params = decoder.gathered(params, model)
+    mesh = mesh_of(params)
+    limits_NG = np.full(
+        (len(prompts.lengths_N), sampling.group_size), sampling.max_tokens if limits_NG is None else limits_NG
+    )
+    if mesh is None:
+        return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, 1, lambda tree: tree)
+    check_batch_divides(len(prompts.lengths_N), mesh)
+    with jax.set_mesh(mesh):
+        spread = partial(place, shardings=batch_sharding(mesh))
+        return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, batch_parts(mesh), spread)
+
+
+def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, units, spread) -> Rollouts:
+    """The same in `units` parts; `spread` puts a tree of [units, ...] on their devices."""
     tokens_NT, lengths_N, ids_N2 = to_host((prompts.tokens_NT, prompts.lengths_N, prompts.ids_N2))
     N, G = len(lengths_N), sampling.group_size
-    units, spread = _units(params, N)
-    limits_NG = np.full((N, G), sampling.max_tokens) if limits_NG is None else limits_NG
     written = _Written(np.minimum(limits_NG, sampling.max_tokens).reshape(units, -1), end_ids)
     stream, paths_UNT = packed_prompts(tokens_NT, lengths_N, units)
     lengths_UN = lengths_N.reshape(units, -1)
@@ -96,28 +79,23 @@ def sample(
     keys_UY = rollout_keys(key, spread(ids_N2.reshape(units, -1, 2)), G)
     seating, waiting = first_seating(N // units, G, units, sampling.slots)
     first, before, state = seating.rollouts_US.shape[1], None, None
-    while (alive_US := written.alive(seating)).any():
-        ahead = min(sampling.tokens_per_call, int(written.left(seating)[alive_US].max()))
-        if seating is not before or int(state.column) + ahead > state.cache.positions_BS.shape[1]:
+    while written.alive(seating).any():
+        needed = written.needed(seating, sampling.tokens_per_call)
+        if seating is not before or needed > state.cache.positions_BS.shape[1]:
             moves = _moves(before, seating, written, paths_UNT, lengths_UN, G)
-            old = None if state is None else (state.cache, state.hidden_BD)
-            columns = _columns(int(moves.made_US.max()) + ahead, sampling)
-            state = move(prefilled, keys_UY, old, spread(moves), seating.width, columns)
+            given = prefilled, keys_UY, spread(moves), seating.width
+            if state is None:
+                state = begin(*given, _columns(needed, sampling))
+            elif needed <= state.cache.positions_BS.shape[1] and in_place(before, moves):
+                state = refill(*given, state.cache, state.hidden_BD, state.column)
+            else:
+                state = move(*given, state.cache, state.hidden_BD, _columns(needed, sampling))
         enough = worth_a_look(seating, waiting, first)
         state, steps, *drawn = decode(params, model, sampling, end_ids, state, enough)
         written.note(seating, int(steps), *to_host(drawn))
         before = seating
         seating, waiting = next_seating(seating, written.alive(seating), waiting, G, first)
     return written.rollouts(N, G, sampling.max_tokens)
-
-
-def _units(params: Params, N: int):
-    """(parts of the batch, what puts a tree of [units, ...] on its devices), by where the parameters lie."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if not isinstance(sharding, NamedSharding) or "data" not in sharding.mesh.shape:
-        return 1, lambda tree: tree
-    check_batch_divides(N, sharding.mesh)
-    return batch_parts(sharding.mesh), lambda tree: place(tree, batch_sharding(sharding.mesh))
 
 
 class _Written:
@@ -141,6 +119,12 @@ class _Written:
 
     def alive(self, seating: Seating) -> np.ndarray:
         return self.left(seating) > 0
+
+    def needed(self, seating: Seating, ahead: int) -> int:
+        """Columns of a cache that holds what the living have made and up to so many tokens more."""
+        limits_US = self.of(self.limits_UY, seating, 0)
+        more_US = np.minimum(self.of(self.made_UY, seating, 0) + ahead, limits_US)
+        return int(more_US[self.alive(seating)].max())
 
     def note(self, seating: Seating, steps: int, tokens_XB, logprobs_XB, counts_B: np.ndarray) -> None:
         """Takes in what a call of so many steps has drawn: the first counts_B of each column."""
@@ -191,7 +175,7 @@ def _columns(needed: int, sampling: SampleConfig) -> int:
     columns = FIRST_CACHE
     while columns < needed:
         columns *= 2
-    return min(columns, sampling.max_tokens + sampling.tokens_per_call)
+    return min(columns, sampling.max_tokens)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -211,74 +195,7 @@ def prefill(params: Params, model: ModelConfig, stream: Stream, lasts_UN: Array)
     """Keys and values of the prompts' stream and, of each prompt, the hidden state after its last token."""
     with jax.named_scope("prefill"):
         hidden_UTD, (k_LUTKC, v_LUTKC) = decoder.prefill_stream(params, model, stream)
-    return Prefilled(k_LUTKC, v_LUTKC, jax.vmap(_at)(hidden_UTD, lasts_UN))
-
-
-def _at(array, places):
-    return array.at[places].get(mode="clip")
-
-
-@partial(jax.jit, static_argnums=(4, 5))
-def move(
-    prefilled: Prefilled, keys_UY: Array, old: tuple[KeyValues, Array] | None, moves: Moves, width: int, columns: int
-) -> DecodeState:
-    """The state of a new seating: prompts copied to their rows, caches of those who stay to their slots.
-
-    The tokens of a rollout come first in its cache, whatever columns they had.
-    """
-    (U, S), (_, R, T) = moves.rollouts_US.shape, moves.paths_URT.shape
-    places_URT = jnp.where(jnp.arange(T)[None, None] < moves.lengths_UR[:, :, None], jnp.arange(T)[None, None], -1)
-
-    def of_rows(a_LUTKC):
-        a_LURTKC = jax.vmap(jax.vmap(_at), (0, None))(a_LUTKC, moves.paths_URT)
-        return a_LURTKC.swapaxes(3, 4).reshape(len(a_LUTKC), U * R, -1, T, a_LUTKC.shape[-1])
-
-    cache, hidden_USD = _moved(prefilled, old, moves, columns, width)
-    lengths_US = jnp.repeat(moves.lengths_UR, width, axis=1)
-    return DecodeState(
-        prompt=KeyValues(of_rows(prefilled.k_LUTKC), of_rows(prefilled.v_LUTKC), places_URT.reshape(U * R, T)),
-        prompt_lengths_B=lengths_US.reshape(-1),
-        keys_B=jax.vmap(_at)(keys_UY, moves.rollouts_US).reshape(-1),
-        limits_B=moves.limits_US.reshape(-1),
-        cache=cache,
-        column=jnp.max(moves.made_US),
-        hidden_BD=hidden_USD.reshape(U * S, -1),
-        made_B=moves.made_US.reshape(-1),
-        alive_B=(moves.made_US < moves.limits_US).reshape(-1),
-    )
-
-
-def _moved(prefilled, old, moves, columns, width):
-    """(cache of the new slots, hidden states [U, S, D]): fresh ones, and over them those that were there before."""
-    U, S = moves.rollouts_US.shape
-    L, _, _, K, C = prefilled.k_LUTKC.shape
-    fresh_USD = jnp.repeat(jax.vmap(_at)(prefilled.last_UND, moves.prompts_UR), width, axis=1)
-    if old is None:
-        empty = jnp.zeros((L, U * S, K, columns, C), prefilled.k_LUTKC.dtype)
-        return KeyValues(empty, empty, jnp.full((U * S, columns), -1, jnp.int32)), fresh_USD
-    cache, hidden_BD = old
-    stays_US1 = (moves.sources_US >= 0)[:, :, None]
-    sources_US = jnp.maximum(moves.sources_US, 0)
-    positions_USX = jnp.where(
-        stays_US1, jax.vmap(_at)(cache.positions_BS.reshape(U, -1, cache.positions_BS.shape[1]), sources_US), -1
-    )
-    order_USX = jnp.argsort(positions_USX < 0, axis=2, stable=True)[:, :, :columns]
-
-    def ordered(a_KXC, order_X):
-        return a_KXC.at[:, order_X].get(mode="clip")
-
-    def of_slots(a_LBKXC):
-        a_LUSKXC = a_LBKXC.reshape(L, U, -1, K, *a_LBKXC.shape[3:])
-        taken = jax.vmap(jax.vmap(_at), (0, None))(a_LUSKXC, sources_US)
-        taken = jax.vmap(jax.vmap(jax.vmap(ordered)), (0, None))(taken, order_USX).reshape(L, U * S, K, -1, C)
-        return jnp.pad(taken, ((0, 0), (0, 0), (0, 0), (0, columns - taken.shape[3]), (0, 0)))
-
-    positions_BX = jnp.take_along_axis(positions_USX, order_USX, axis=2).reshape(U * S, -1)
-    positions_BX = jnp.pad(positions_BX, ((0, 0), (0, columns - positions_BX.shape[1])), constant_values=-1)
-    hidden_USD = jnp.where(
-        stays_US1, jax.vmap(_at)(hidden_BD.reshape(U, -1, hidden_BD.shape[1]), sources_US), fresh_USD
-    )
-    return KeyValues(of_slots(cache.k_LBKSC), of_slots(cache.v_LBKSC), positions_BX), hidden_USD
+    return Prefilled(k_LUTKC, v_LUTKC, jax.vmap(at)(hidden_UTD, lasts_UN))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=4)
@@ -299,7 +216,8 @@ def decode(
 
     def goes_on(carry):
         index, state, *_ = carry
-        return (index == 0) | ((index < X) & (state.column < columns) & (jnp.sum(state.alive_B) > enough))
+        room = jnp.max(jnp.where(state.alive_B, state.made_B, 0)) < columns
+        return (index == 0) | ((index < X) & room & (jnp.sum(state.alive_B) > enough))
 
     def one_token(carry):
         index, state, tokens_XB, logprobs_XB, counts_B = carry
@@ -314,7 +232,7 @@ def decode(
         made_B = state.made_B + alive_B
         state = state.replace(
             cache=_write(state.cache, kv, state.column),
-            column=state.column + 1,
+            column=(state.column + 1) % columns,
             hidden_BD=hidden_B1D[:, 0],
             made_B=made_B,
             alive_B=alive_B & ~ended_B & (made_B < state.limits_B),

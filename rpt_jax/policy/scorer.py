@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rpt_jax.config import ModelConfig
 from rpt_jax.kernels.grouped_logprob import grouped_logprob
-from rpt_jax.mesh import rows_over_mesh
+from rpt_jax.mesh import laid_out
 from rpt_jax.policy.decoder import forward, forward_stream, output_head, positions_from_lengths
 from rpt_jax.policy.stream import Stream, padded
 from rpt_jax.records import Array, Params
@@ -49,7 +49,7 @@ def score(
         out = _head(params, model, hidden_NGRD, tokens_NGR, live_NGR, temperature, token_chunk)
         return out.logprob, out.entropy
     stream = padded(*rollouts) if stream is None else stream
-    hidden_UTD = rows_over_mesh(forward_stream(params, model, stream))
+    hidden_UTD = laid_out(forward_stream(params, model, stream), "batch")
     hidden_UXD = jnp.take_along_axis(hidden_UTD, stream.predictors_UX[:, :, None], axis=1, mode="clip")
     live_UX = stream.targets_UX >= 0
     out = _head(params, model, hidden_UXD, jnp.maximum(stream.targets_UX, 0), live_UX, temperature, token_chunk)
@@ -85,7 +85,7 @@ def _head(params, model, hidden, targets, live, temperature, token_chunk):
 
 
 def _plain_hidden(params, model, prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG):
-    """The same with the prompt repeated before each response, live tokens in a row, padding behind; [N, G, R, D]."""
+    """What predicts each response token, [N, G, R, D], with the prompt repeated before each response."""
     N, G, R = tokens_NGR.shape
     T = prompt_tokens_NT.shape[1]
     starts_B1 = jnp.repeat(prompt_lengths_N, G)[:, None]

@@ -49,9 +49,11 @@ def next_seating(
         free = [slots - len(here) for here in living]
         if not any(there and f >= min(_refill(slots), len(there)) for f, there in zip(free, waiting, strict=True)):
             return now, list(waiting)
-        living = [here + there[:f] for here, there, f in zip(living, waiting, free, strict=True)]
+        coming = [there[:f] for there, f in zip(waiting, free, strict=True)]
         waiting = [there[f:] for there, f in zip(waiting, free, strict=True)]
-        return _singles(living, slots if any(waiting) else _least(steps, living)), waiting
+        living = [here + new for here, new in zip(living, coming, strict=True)]
+        fewest = slots if any(waiting) else _least(steps, living)
+        return (_refilled(now, alive_US, coming) if fewest == slots else _singles(living, fewest)), waiting
     fewest = _least(steps, living)
     if fewest == slots:
         return now, list(waiting)
@@ -80,6 +82,14 @@ def _steps(first: int) -> list[int]:
 
 def _least(steps: Sequence[int], living: Sequence[list[int]]) -> int:
     return next(size for size in steps if size >= max(map(len, living)))
+
+
+def _refilled(now: Seating, alive_US: np.ndarray, coming: Sequence[list[int]]) -> Seating:
+    """Who lives stays where it is."""
+    seats = np.where(alive_US, now.rollouts_US, -1)
+    for u, new in enumerate(coming):
+        seats[u, np.flatnonzero(seats[u] < 0)[: len(new)]] = new
+    return Seating(seats, 1)
 
 
 def _singles(living: Sequence[list[int]], slots: int) -> Seating:

@@ -16,14 +16,17 @@ tokens to be predicted.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from rpt_jax.records import Array
 
-QUERIES = 64  # of a block
-FEWEST_KEYS = 128  # places for keys of a block: lengths below are not told apart
+QUERIES = {"tpu": 512}  # of a block, at most
+QUERIES_ELSEWHERE = 64
+FEWEST_KEYS = LANES = 128  # places for keys of a block: lengths below are not told apart; and a TPU's lanes
+FEWEST_PLACES = 64  # of a prompt, likewise
 
 
 @struct.dataclass
@@ -32,6 +35,7 @@ class Block:
 
     queries_UBQ: Array
     keys_UBS: Array
+    aligned: bool = struct.field(pytree_node=False, default=False)  # both at the right end: query r is key S - Q + r
 
 
 @struct.dataclass
@@ -78,8 +82,8 @@ def padded(prompt_tokens_NT: Array, prompt_lengths_N: Array, tokens_NGR: Array, 
 
 
 def _cut(queries_BR: np.ndarray, keys_BS: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of queries in blocks of at most QUERIES, each with all keys of its row."""
-    (B, R), parts = queries_BR.shape, -(-queries_BR.shape[1] // QUERIES)
+    """Rows of queries in blocks, each with all keys of its row."""
+    (B, R), parts = queries_BR.shape, -(-queries_BR.shape[1] // QUERIES_ELSEWHERE)
     size = -(-R // parts)
     filled_BR = np.pad(queries_BR, ((0, 0), (0, parts * size - R)), constant_values=T)
     return filled_BR.reshape(B * parts, size), np.repeat(keys_BS, parts, axis=0)
@@ -99,40 +103,42 @@ def packed(
     tokens_NGR: np.ndarray,
     lengths_NG: np.ndarray,
     units: int = 1,
+    queries: int = 0,
 ) -> Stream:
     """The stream of live tokens alone, on the host; N / units consecutive prompts make a unit.
 
     Sizes are rounded up, so that the batches of a run have few shapes between them: each takes seconds to compile.
+    queries: the most of a block; 0 leaves it to JAX's backend.
     """
-    return _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units)[0]
+    return _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units, queries)[0]
 
 
-def packed_prompts(prompt_tokens_NT: np.ndarray, prompt_lengths_N: np.ndarray, units: int = 1):
+def packed_prompts(prompt_tokens_NT: np.ndarray, prompt_lengths_N: np.ndarray, units: int = 1, queries: int = 0):
     """(the stream of prompts alone, paths_UNT: the place in it of each prompt's tokens, the first repeated behind)."""
-    N, T = len(prompt_lengths_N), padded_length(max(QUERIES, int(prompt_lengths_N.max())))
+    N, T = len(prompt_lengths_N), padded_length(max(FEWEST_PLACES, int(prompt_lengths_N.max())))
     nothing_NGR = np.zeros((N, 1, 0), np.int32)
-    stream, parts = _packed(prompt_tokens_NT, prompt_lengths_N, nothing_NGR, np.zeros((N, 1), np.int32), units)
+    stream, parts = _packed(prompt_tokens_NT, prompt_lengths_N, nothing_NGR, np.zeros((N, 1), np.int32), units, queries)
     paths_UNT = [[np.pad(path, (0, T - len(path)), constant_values=path[0]) for path in part.paths] for part in parts]
     return stream, np.array(paths_UNT, np.int32)
 
 
-def _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units):
+def _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units, queries):
     N, G, R = tokens_NGR.shape
-    parts = []
+    queries, parts = queries or QUERIES.get(jax.default_backend(), QUERIES_ELSEWHERE), []
     for rows in np.arange(N).reshape(units, -1):
         prompts = [prompt_tokens_NT[n, : prompt_lengths_N[n]] for n in rows]
         responses = [[tokens_NGR[n, g, : lengths_NG[n, g]] for g in range(G)] for n in rows]
-        parts.append(_unit(prompts, responses, R))
+        parts.append(_unit(prompts, responses, R, queries))
     X = padded_length(max(len(part.targets_X) for part in parts)) if R else 0
     T = X + padded_length(max(part.prompt_tokens for part in parts))
     kinds = zip(*(part.blocks for part in parts), strict=True)
-    blocks = tuple(_filled(lists, T) for lists in kinds if any(lists))
-    queries = [[block.queries_UBQ[u] for block in blocks] for u in range(units)]
+    blocks = tuple(_filled(lists, T, queries) for lists in kinds if any(lists))
+    queries_U = [[block.queries_UBQ[u] for block in blocks] for u in range(units)]
     stream = Stream(
         tokens_UT=np.stack([_to(part.tokens_T, T, 0) for part in parts]),
         positions_UT=np.stack([_to(part.positions_T, T, -1) for part in parts]),
         blocks=blocks,
-        places_UT=np.stack([_places(each, T) for each in queries]),
+        places_UT=np.stack([_places(each, T) for each in queries_U]),
         predictors_UX=np.stack([_to(part.predictors_X, X, 0) for part in parts]),
         targets_UX=np.stack([_to(part.targets_X, X, -1) for part in parts]),
         places_UY=np.stack([np.where(part.places_Y < 0, X, part.places_Y) for part in parts]).astype(np.int32),
@@ -153,7 +159,7 @@ class _Unit(NamedTuple):
     prompt_tokens: int  # of tokens_T, the first ones
 
 
-def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray]], R: int) -> _Unit:
+def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray]], R: int, queries: int) -> _Unit:
     """Prompts in the order of their tokens, so that each has its longest known prefix right before it."""
     tokens, positions, predictors, targets, blocks, size = [], [], [], [], ([], []), 0
     paths: list[np.ndarray] = [np.zeros(0, int)] * len(prompts)
@@ -166,9 +172,9 @@ def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray
         positions.append(np.arange(len(path), len(path) + len(new)))
         size += len(new)
         whole = np.concatenate([path, places])
-        for queries in np.array_split(places, -(-len(new) // QUERIES)) if len(new) else ():
-            seen = len(path) + queries[-1] - places[0] + 1
-            blocks[first].append((queries, whole[:seen]))
+        for some in np.array_split(places, -(-len(new) // queries)) if len(new) else ():
+            seen = len(path) + some[-1] - places[0] + 1
+            blocks[first].append((some, whole[:seen]))
         return whole
 
     before, path = np.zeros(0, np.int32), np.zeros(0, int)
@@ -177,14 +183,15 @@ def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray
         before, path = prompts[n], append(path[:shared], prompts[n][shared:], 0)
         paths[n] = path
     prompt_tokens = size
-    places_Y = np.full((len(prompts), len(responses[0]), R), -1, np.int32)
+    places_Y, made = np.full((len(prompts), len(responses[0]), R), -1, np.int32), 0
     for n, g in np.ndindex(*places_Y.shape[:2]):
         response = responses[n][g]
         if len(response):
             whole = append(paths[n], response[:-1], 1)
             predictors.append(whole[len(paths[n]) - 1 :])
             targets.append(response)
-            places_Y[n, g, : len(response)] = sum(map(len, targets[:-1])) + np.arange(len(response))
+            places_Y[n, g, : len(response)] = made + np.arange(len(response))
+            made += len(response)
     joined = (np.concatenate([np.zeros(0, np.int32), *parts]) for parts in (tokens, positions, predictors, targets))
     tokens_T, positions_T, predictors_X, targets_X = joined
     return _Unit(tokens_T, positions_T, blocks, predictors_X, targets_X, places_Y.ravel(), paths, prompt_tokens)
@@ -197,15 +204,23 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else short
 
 
-def _filled(lists: Sequence[list], T: int) -> Block:
-    """Blocks of all units as one array each, filled with T."""
-    B, Q = padded_length(max(map(len, lists))), QUERIES
-    S = padded_length(max(FEWEST_KEYS, *(len(keys) for pairs in lists for _, keys in pairs)))
+def _filled(lists: Sequence[list], T: int, queries: int) -> Block:
+    """Blocks of all units as one array each, filled with T on the left.
+
+    Short queries make narrow blocks where `queries` fill lanes; all rows are then whole lanes, as kernels want them.
+    """
+    Q, lanes = queries, LANES if queries % LANES == 0 else 1
+    longest = max(len(each) for pairs in lists for each, _ in pairs)
+    while Q % 2 == 0 and Q // 2 % LANES == 0 and longest <= Q // 2:
+        Q //= 2
+    B = padded_length(max(map(len, lists)))
+    S = padded_length(max(FEWEST_KEYS, Q, *(len(keys) for pairs in lists for _, keys in pairs)))
+    S = -(-S // lanes) * lanes
     queries_UBQ, keys_UBS = np.full((len(lists), B, Q), T, np.int32), np.full((len(lists), B, S), T, np.int32)
     for u, pairs in enumerate(lists):
-        for b, (queries, keys) in enumerate(pairs):
-            queries_UBQ[u, b, : len(queries)], keys_UBS[u, b, : len(keys)] = queries, keys
-    return Block(queries_UBQ, keys_UBS)
+        for b, (some, keys) in enumerate(pairs):
+            queries_UBQ[u, b, Q - len(some) :], keys_UBS[u, b, S - len(keys) :] = some, keys
+    return Block(queries_UBQ, keys_UBS, aligned=True)
 
 
 def _to(line: np.ndarray, length: int, value: int) -> np.ndarray:

@@ -140,12 +140,13 @@ def evaluate(
         if progress:
             progress(done, batches)
 
-    shared = {"batch_size": config.batch_size, "mesh": mesh, "tick": tick}
+    shared = {"batch_size": config.batch_size, "tick": tick}
     tokens_N = argmax_tokens(
-        params, model, documents, positions, limit=prompt.max_tokens, banned_ids=banned_ids, **shared
+        params, model, documents, positions, limit=prompt.max_tokens, banned_ids=banned_ids, mesh=mesh, **shared
     )
     truth_N = [documents[d][t] for d, t in zip(positions.documents, positions.indices, strict=True)]
-    think = partial(reason, params, model, tokenizer, template, documents, positions, prompt=prompt, seed=seed)
+    policy = decoder.gathered(params, model), model, tokenizer
+    think = partial(reason, *policy, template, documents, positions, prompt=prompt, seed=seed)
     shared |= {"end_ids": end_ids, "prefill": prefill}
     sampled = dataclasses.replace(sample, group_size=config.group_size, temperature=config.temperature)
     greedy = dataclasses.replace(sample, group_size=1, temperature=0.0)
@@ -239,7 +240,6 @@ def reason(
     end_ids: tuple[int, ...],
     batch_size: int,
     prefill: Sequence[int] = (),
-    mesh: Mesh | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Reasoning:
     """Rollouts at each position, their answers and rewards; prefill as in evaluate."""
@@ -252,7 +252,7 @@ def reason(
     for rows, filled, T in _batches(prompts.lengths_N, batch_size):
         batch = jax.tree.map(lambda leaf, filled=filled: leaf[filled], prompts)
         batch = batch.replace(tokens_NT=batch.tokens_NT[:, :T])
-        rollouts = _with_prefill(sample_rollouts(params, model, sampling, _on(mesh, batch), key, end_ids), prefill_R)
+        rollouts = _with_prefill(sample_rollouts(params, model, sampling, batch, key, end_ids), prefill_R)
         answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
         made.rewards_NG[rows] = prefix_matching(answers, batch)[: len(rows)]
         made.lengths_NG[rows] = rollouts.lengths_NG[: len(rows)] - len(prefill_R)
