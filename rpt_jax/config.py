@@ -8,6 +8,8 @@ The comment on a field is its documentation, with unit and, where there is one, 
 import dataclasses
 import importlib.util
 import json
+import math
+import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +130,7 @@ class SampleConfig:
     min_p: float = 0.0  # relative to the most probable token; 0: off
     max_tokens: int = 8192  # R, response limit (paper: 8192)
     end_tokens: tuple[str, ...] = ()  # pieces that end a response; empty: the tokenizer's end-of-text token
-    tokens_per_call: int = 32  # decode steps between looks at the host, fewer where enough rollouts have ended
+    tokens_per_call: int = 32  # decode steps between looks by the host, fewer where enough rollouts have ended
     slots: int = 0  # rollouts decoded at one time, the others wait; 0: all of a batch
 
     def check(self) -> None:
@@ -162,7 +164,9 @@ class UpdateConfig:
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     kl_coefficient: float = 0.0  # to the starting policy, k3 estimator (paper: 0)
     entropy_coefficient: float = 0.0  # bonus (paper: 0)
-    microbatches: int = 1  # gradient accumulation, parts of like many tokens; divides the prompts of a step
+    microbatches: int = (
+        1  # gradient accumulation, parts of like many tokens; groups are split where prompts do not divide
+    )
     check_shared_prefix: Literal["never", "first_step", "every_shape"] = "first_step"  # against whole sequences, a few
     token_chunk: int = 0  # tokens whose logits exist at one time where no Pallas kernel runs; 0: by the backend
 
@@ -248,13 +252,21 @@ class Config:
             raise InputError(
                 f"batch_size={self.batch_size}, update.microbatches={self.update.microbatches}: use 1 or more of each"
             )
-        if self.batch_size % self.update.microbatches:
-            below = self.batch_size // self.update.microbatches * self.update.microbatches
-            above = below + self.update.microbatches
-            raise InputError(
-                f"batch_size={self.batch_size} prompts does not divide into update.microbatches="
-                f"{self.update.microbatches}: use a batch_size of {f'{below} or {above}' if below else above}"
-            )
+        parts_of_groups(self.batch_size, self.sample.group_size, self.update.microbatches)
+
+
+def parts_of_groups(prompts: int, group: int, bins: int, what: str = "update.microbatches") -> int:
+    """Into how many parts each group is split, so that prompts and their parts divide into `bins`; 1 if they do anyway.
+
+    Raises InputError where no part of a group does it.
+    """
+    parts = bins // math.gcd(prompts, bins)
+    if group % parts:
+        raise InputError(
+            f"batch_size={prompts} prompts with groups of {group} do not divide into {what}={bins}: "
+            f"use a number that divides {prompts * group}"
+        )
+    return parts
 
 
 def to_dict(config) -> dict:
@@ -310,13 +322,20 @@ def load(cls, path: Path):
 
 
 def load_experiment(path: str) -> Config:
-    """Runs an experiment file and returns what its `config()` gives; raises InputError if it has none."""
+    """Runs an experiment file and returns what its `config()` gives; raises InputError if it has none.
+
+    It may import its neighbours in the folder.
+    """
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no experiment file {path}; the ones that come with the project are in experiments/")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     made = module.config() if hasattr(module, "config") else None
     if not isinstance(made, Config):
         raise InputError(f"{path}: an experiment file defines config() returning a rpt_jax.config.Config")

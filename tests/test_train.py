@@ -311,10 +311,8 @@ def test_bad_input_stops_before_anything_is_written(tmp_path, changes, options, 
 
 def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
     config = settings(tmp_path / "run")
-    config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=2))
-    with pytest.raises(
-        InputError, match="batch of 4 prompts in each of update.microbatches=2 does not divide .* use 8"
-    ):
+    config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=5))
+    with pytest.raises(InputError, match="update.microbatches=5 on 8 devices, together=40: use a number that divides"):
         run(config, mesh_of(8, 1, 1))
 
 

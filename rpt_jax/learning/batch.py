@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import ModelConfig, UpdateConfig
+from rpt_jax.config import ModelConfig, UpdateConfig, parts_of_groups
 from rpt_jax.learning.update import response_logprobs
 from rpt_jax.mesh import batch_parts, batch_sharding, place, to_host
 from rpt_jax.policy.scorer import score
@@ -21,13 +21,22 @@ from rpt_jax.records import Array, Batch, Params, Prompts, Rollouts
 
 log = logging.getLogger(__name__)
 
+CHECKED_RESPONSES, CHECKED_TOKENS = 2, 128  # of each prompt that is checked: whole sequences need much memory
 # Mean distance of log-probs, nats, that rounding explains; a wrong mask makes tenths.
 ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def pack(prompts: Prompts, rollouts: Rollouts, advantages_NG: Array, config: UpdateConfig, mesh: Mesh) -> Batch:
-    """The batch of a step on the mesh, rows reordered so that all microbatches and devices have like many tokens."""
+    """The batch of a step on the mesh, rows reordered so that all microbatches and devices have like many tokens.
+
+    Where these are more than the prompts, or do not divide them, a group becomes several rows with the same prompt.
+    """
     microbatches, devices = config.microbatches, batch_parts(mesh)
+    parts = parts_of_groups(*rollouts.lengths_NG.shape, microbatches * devices)
+    prompts = jax.tree.map(lambda a: np.repeat(a, parts, axis=0), prompts)
+    rollouts, advantages_NG = jax.tree.map(
+        lambda a: np.asarray(a).reshape(len(prompts.lengths_N), -1, *a.shape[2:]), (rollouts, np.asarray(advantages_NG))
+    )
     loads_N = prompts.lengths_N + rollouts.lengths_NG.sum(axis=1)
     dealt = deal(loads_N, prompts.ids_N2[:, 0], microbatches * devices)
     rows = dealt.reshape(-1)
@@ -40,7 +49,7 @@ def pack(prompts: Prompts, rollouts: Rollouts, advantages_NG: Array, config: Upd
         tokens_NGR=rollouts.tokens_NGR[order],
         lengths_NG=rollouts.lengths_NG[order],
         logprobs_NGR=rollouts.logprobs_NGR[order],
-        advantages_NG=np.asarray(advantages_NG)[order],
+        advantages_NG=advantages_NG[order],
     )
     stream = jax.tree.map(lambda a: a.reshape(microbatches, devices, *a.shape[1:]), stream)
     return place(batch, batch_sharding(mesh)).replace(stream=place(stream, batch_sharding(mesh, axis=1)))
@@ -67,15 +76,21 @@ def maybe_check(
 def check_shared_prefix(
     params: Params, batch: Batch, temperature: float, *, model: ModelConfig, config: UpdateConfig, mesh: Mesh
 ) -> float:
-    """Mean |log-prob(shared way) - log-prob(whole sequences)|, nats, over a prompt from each device.
+    """Mean |log-prob(shared way) - log-prob(whole sequences)|, nats, over the first tokens of two responses a device.
 
     Raises FloatingPointError where that is more than rounding.
     """
     every = max(1, len(batch.prompt_lengths_N) // batch_parts(mesh))
     few = jax.tree.map(lambda a: a[::every], to_host(batch.replace(stream=None)))
+    few = few.replace(
+        tokens_NGR=few.tokens_NGR[:, :CHECKED_RESPONSES, :CHECKED_TOKENS],
+        lengths_NG=np.minimum(few.lengths_NG[:, :CHECKED_RESPONSES], CHECKED_TOKENS),
+    )
     shared_NGR = to_host(response_logprobs(params, batch, temperature, model=model, config=config))[::every]
     plain_NGR = to_host(_whole(params, place(few, batch_sharding(mesh)), temperature, model, config.token_chunk))
-    apart = float(np.abs(shared_NGR - plain_NGR).sum() / max(1, few.lengths_NG.sum()))
+    live_NGR = np.arange(plain_NGR.shape[2]) < few.lengths_NG[:, :, None]
+    shared_NGR = shared_NGR[:, :CHECKED_RESPONSES, :CHECKED_TOKENS]
+    apart = float(np.abs(np.where(live_NGR, shared_NGR - plain_NGR, 0)).sum() / max(1, few.lengths_NG.sum()))
     if not apart <= ROUNDING[model.dtype]:
         raise FloatingPointError(
             f"log-probs with shared prefixes are {apart:.1e} nats a token off those of whole sequences, more than "

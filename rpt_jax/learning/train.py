@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax import compilation
-from rpt_jax.config import Config, ModelConfig
+from rpt_jax.config import Config, ModelConfig, parts_of_groups
 from rpt_jax.corpus.positions import (
     AnnotatedDocuments,
     Position,
@@ -44,7 +44,7 @@ from rpt_jax.learning.update import (
     response_logprobs,
     train_step,
 )
-from rpt_jax.mesh import check_batch_divides, make_mesh, param_shardings, place
+from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
 from rpt_jax.policy.proxy import fingerprint
 from rpt_jax.records import InputError, Params
@@ -194,7 +194,9 @@ def _loop(
                 _maybe_evaluate(run, state, step, evaluated)
             with _maybe_profiled(config, step):
                 with told.may_break_off():
-                    groups, queue, row = collect(run.source, state.params, stream, queue, step)
+                    policy = decoder.gathered(state.params, run.source.model)
+                    groups, queue, row = collect(run.source, policy, stream, queue, step)
+                    del policy  # the update needs the room
                 state, metrics = _update(run, state, groups, step)
             state = jax.device_put(state, shardings)  # moves nothing, unless the compiler chose another layout
             done, host = step + 1, _host_state(stream, queue)
@@ -318,8 +320,9 @@ def check_divides(config: Config, mesh: Mesh) -> None:
     """Raises InputError for a batch, or a microbatch, that does not divide over the mesh."""
     config.check()
     check_batch_divides(config.batch_size, mesh)
-    parts = config.update.microbatches
-    check_batch_divides(config.batch_size // parts, mesh, f"prompts in each of update.microbatches={parts}")
+    units, microbatches = batch_parts(mesh), config.update.microbatches
+    what = f"update.microbatches={microbatches} on {units} devices, together"
+    parts_of_groups(config.batch_size, config.sample.group_size, units * microbatches, what)
 
 
 def _identity(source: Source, params: Params, positions: Positions) -> dict:
