@@ -36,3 +36,10 @@ def test_a_shared_prompt_costs_once():
     per_token = flops.forward(MODEL, 700, 50, 7)
     assert alone - one == pytest.approx(per_token)
     assert flops.update(MODEL, 1, 100, 8, 80) == 3 * one
+
+
+def test_a_shared_document_costs_once():
+    """Two positions of one document of 100 tokens: the layers run 100 tokens for both, responses see what they saw."""
+    apart, together = flops.sampling(MODEL, 2, 200, 8, 80), flops.sampling(MODEL, 2, 200, 8, 80, 100)
+    assert apart - together == pytest.approx(flops.forward(MODEL, 100, 50, 0))
+    assert flops.update(MODEL, 2, 200, 8, 80, 100) == 3 * together

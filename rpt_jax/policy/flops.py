@@ -18,15 +18,33 @@ def forward(model: ModelConfig, tokens: float, seen: float, predicted: float) ->
     return 2.0 * (model.layers * tokens * (weights + attention) + predicted * D * model.vocab_size)
 
 
-def sampling(model: ModelConfig, prompts: int, prompt_tokens: int, rollouts: int, response_tokens: int) -> float:
-    """Prefill once per prompt, then every response token once; arguments are sums over the batch."""
+def sampling(
+    model: ModelConfig,
+    prompts: int,
+    prompt_tokens: int,
+    rollouts: int,
+    response_tokens: int,
+    distinct_tokens: int | None = None,
+) -> float:
+    """Prefill once per prompt, then every response token once; arguments are sums over the batch.
+
+    distinct_tokens: those of the prompts with common beginnings counted once; None: prompt_tokens.
+    """
     P, R = prompt_tokens / max(prompts, 1), response_tokens / max(rollouts, 1)
-    return forward(model, prompt_tokens, P / 2, prompts) + forward(model, response_tokens, P + R / 2, response_tokens)
+    prefilled = prompt_tokens if distinct_tokens is None else distinct_tokens
+    return forward(model, prefilled, P / 2, prompts) + forward(model, response_tokens, P + R / 2, response_tokens)
 
 
-def update(model: ModelConfig, prompts: int, prompt_tokens: int, rollouts: int, response_tokens: int) -> float:
+def update(
+    model: ModelConfig,
+    prompts: int,
+    prompt_tokens: int,
+    rollouts: int,
+    response_tokens: int,
+    distinct_tokens: int | None = None,
+) -> float:
     """Forward and backward with the prompt shared by its group; backward counts twice the forward."""
-    return 3.0 * sampling(model, prompts, prompt_tokens, rollouts, response_tokens)
+    return 3.0 * sampling(model, prompts, prompt_tokens, rollouts, response_tokens, distinct_tokens)
 
 
 def pretraining(model: ModelConfig, rows: int, tokens: int) -> float:

@@ -29,6 +29,7 @@ class Workload:
     tokens: int = 64  # R, the most that a response has
     lengths: Literal["full", "geometric"] = "full"  # of responses: all R | ragged, as if each token could be the last
     mean_length: float = 16.0  # of geometric lengths before R cuts them
+    positions_per_document: int = 1  # prompts that end at the last tokens, one apart, of one document
     width: int = 256  # D, of hidden states
     layers: int = 8  # L, of the decoder
     heads: int = 8  # H, query heads
@@ -54,9 +55,20 @@ class Workload:
 
     def check(self) -> None:
         self.model.check()
-        for name, least in (("prompt", 1), ("prompts", 1), ("group", 2), ("tokens", 1), ("mean_length", 1)):
+        least_of = {"prompt": 1, "prompts": 1, "group": 2, "tokens": 1, "mean_length": 1, "positions_per_document": 1}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise InputError(f"workload.{name}={getattr(self, name)}: use {least} or more")
+        if self.prompts % self.positions_per_document or self.positions_per_document > self.prompt:
+            raise InputError(
+                f"workload.positions_per_document={self.positions_per_document}: use a divisor of workload.prompts="
+                f"{self.prompts} that is no more than workload.prompt={self.prompt}"
+            )
+
+    @property
+    def distinct_prompt_tokens(self) -> int:
+        """Tokens of the documents: what prompts have in common counts once."""
+        return self.prompts // self.positions_per_document * self.prompt
 
 
 # By the names that the scripts for other implementations give them.
@@ -106,10 +118,14 @@ def draw_params(workload: Workload) -> Params:
 
 
 def draw_data(workload: Workload) -> Data:
-    """Prompts, responses and their advantages, from rewards 0 or 1 with the sample's standard deviation (G - 1)."""
+    """Prompts, responses and their advantages, from rewards 0 or 1 with the sample's standard deviation (G - 1).
+
+    Documents are the first of the prompts that are drawn, so the responses are the same however many positions they
+    have.
+    """
     N, G, R = workload.prompts, workload.group, workload.tokens
     random = np.random.default_rng(DATA_SEED)
-    prompts_NT = random.integers(0, workload.vocabulary, (N, workload.prompt)).astype(np.int32)
+    drawn_NT = random.integers(0, workload.vocabulary, (N, workload.prompt)).astype(np.int32)
     tokens_NGR = random.integers(0, workload.vocabulary, (N * G, R)).astype(np.int32).reshape(N, G, R)
     rewards_NG = random.integers(0, 2, N * G).astype(np.float32).reshape(N, G)
     spread_N1 = rewards_NG.std(axis=1, ddof=1, keepdims=True)
@@ -119,6 +135,16 @@ def draw_data(workload: Workload) -> Data:
         drawn_NG = np.random.default_rng(LENGTH_SEED).geometric(1 / workload.mean_length, (N, G))
         lengths_NG = np.minimum(drawn_NG, R).astype(np.int32)
     live_NGR = np.arange(R)[None, None, :] < lengths_NG[:, :, None]
-    ids_N2 = np.stack([np.arange(N), np.zeros(N)], axis=1).astype(np.uint32)
-    prompts = Prompts(prompts_NT, np.full(N, workload.prompt, np.int32), ids_N2, None, None, None)
-    return Data(prompts, np.where(live_NGR, tokens_NGR, 0), lengths_NG, advantages_NG.astype(np.float32))
+    return Data(
+        _positions(workload, drawn_NT), np.where(live_NGR, tokens_NGR, 0), lengths_NG, advantages_NG.astype(np.float32)
+    )
+
+
+def _positions(workload: Workload, drawn_NT: np.ndarray) -> Prompts:
+    """Each document's last positions: all of it, and beginnings that are a token shorter each."""
+    documents_N, places_N = np.divmod(np.arange(workload.prompts), workload.positions_per_document)
+    lengths_N = workload.prompt - workload.positions_per_document + 1 + places_N
+    live_NT = np.arange(workload.prompt)[None] < lengths_N[:, None]
+    tokens_NT = np.where(live_NT, drawn_NT[documents_N], 0)
+    ids_N2 = np.stack([documents_N, places_N], axis=1).astype(np.uint32)
+    return Prompts(tokens_NT, lengths_N.astype(np.int32), ids_N2, None, None, None)
