@@ -97,6 +97,31 @@ def test_ragged_rollouts_have_the_lengths_of_the_responses(quick):
     assert figures["checks"]["rollout_lengths"] == sorted(set(lengths_NG.ravel().tolist()))
     row = figures["rollout"]
     assert row["tokens_per_s"]["median"] * row["s"]["median"] == pytest.approx(lengths_NG.sum())
+    assert row["tokens"] == lengths_NG.sum() <= row["slot_steps"]
+
+
+def test_a_shared_beginning_counts_once():
+    """Four prompts of two documents: FLOPs and the update's stream have the documents' tokens, each once."""
+    config = StepBench(Workload(**SMALL | {"prompts": 4}, positions_per_document=2))
+    model, data, responses = config.workload.model, draw_data(config.workload), 4 * 2 * 4
+    run = flops.forward(model, 16, 7.5 / 2, 4) + flops.forward(model, responses, 7.5 + 2, responses)
+    assert bench_step._work(config, flops.update, data) == pytest.approx(3 * run)
+    sizes = bench_step._stream_sizes(bench_step._stream(config, data))
+    assert sizes == {"stream_tokens": 16 + 4 * 2 * 3, "stream_places": 16 + 32}  # a response's last token is not read
+
+
+def test_without_refill_each_batch_takes_as_long_as_its_longest():
+    """The same tokens as with refill, at more slot steps: those of each batch's slots until its last one has ended."""
+    workload = Workload(**SMALL | {"tokens": 24, "layers": 1}, lengths="geometric", mean_length=8.0)
+    params, data = draw_params(workload), draw_data(workload)
+    refilled, waited = (
+        bench_step._sample(StepBench(workload, slots=2, refill=refill), params, data, 0) for refill in (True, False)
+    )
+    np.testing.assert_array_equal(refilled.tokens_NGR, waited.tokens_NGR)
+    np.testing.assert_array_equal(refilled.lengths_NG, waited.lengths_NG)
+    np.testing.assert_allclose(refilled.logprobs_NGR, waited.logprobs_NGR, atol=1e-5)
+    assert waited.slot_steps == 2 * data.lengths_NG.max(axis=1).sum()
+    assert data.lengths_NG.sum() <= refilled.slot_steps < waited.slot_steps
 
 
 def test_advantages_are_those_of_rewards_in_units_of_the_sample():
@@ -115,6 +140,9 @@ def test_advantages_are_those_of_rewards_in_units_of_the_sample():
         (["--repeats", "0"], "repeats=0, warmup=1: use one phase or more, repeats of 1 or more"),
         (["--phases"], "phases=[], repeats=5"),
         (["--cores", "100000"], "cores='100000': use some of 0"),
+        (["--no-refill"], "slots=0, refill=False: use 0 or more, and without refill a divisor of the 64 rollouts that"),
+        (["--no-refill", "--slots", "12"], "slots=12, refill=False"),
+        (["--slots", "-8"], "slots=-8, refill=True"),
         (["--workload.group", "1"], "workload.group=1: use 2 or more"),
         (["--workload.kv-heads", "3"], "model.heads=8 is no multiple of model.kv_heads=3"),
     ],

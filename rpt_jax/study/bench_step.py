@@ -56,6 +56,8 @@ class StepBench:
     devices: int = 1  # that prompts are split over; a CPU is made into so many
     microbatches: int = 1  # of an update
     remat: Literal["none", "layer", "dots"] = "dots"  # kept for the backward pass: all | layer inputs | matmul outputs
+    slots: int = 0  # rollouts decoded at one time, the others wait; 0: all
+    refill: bool = True  # slots of finished rollouts; False: each batch of `slots` goes on until its longest has ended
     seed: int = 0  # of sampling, and of the rewards of e2e; weights and data have seeds of their own
 
     def check(self) -> None:
@@ -71,6 +73,12 @@ class StepBench:
             raise InputError(
                 f"bench: workload.prompts={prompts} do not divide into devices={self.devices} times microbatches="
                 f"{self.microbatches}: use numbers of 1 or more whose product divides the prompts"
+            )
+        rollouts, group = prompts * self.workload.group, self.workload.group
+        if self.slots < 0 or not (self.refill or self.slots and rollouts % self.slots == self.slots % group == 0):
+            raise InputError(
+                f"bench: slots={self.slots}, refill={self.refill}: use 0 or more, and without refill a divisor of the "
+                f"{rollouts} rollouts that is a multiple of workload.group={group}"
             )
         if self.cores and not hasattr(os, "sched_setaffinity"):
             raise InputError(f"bench: cores={self.cores!r} cannot be chosen on this system: leave it empty")
@@ -124,6 +132,8 @@ def measure_here(config: StepBench) -> dict:
         "devices": config.devices,
         "microbatches": config.microbatches,
         "remat": config.remat,
+        "slots": config.slots,
+        "refill": config.refill,
         "repeats": config.repeats,
         "warmup": config.warmup,
         "checks": checks,
@@ -132,18 +142,37 @@ def measure_here(config: StepBench) -> dict:
 
 
 def _measure(config: StepBench, count: Callable, data: Data, call, after=lambda index: None) -> dict:
+    return measure(call, config.warmup, config.repeats, _work(config, count, data), after)
+
+
+def _work(config: StepBench, count: Callable, data: Data) -> float:
     """`count` gives the phase's FLOPs from what runs once a prompt and what runs for each response."""
-    N, G = data.lengths_NG.shape
-    work = count(config.workload.model, N, N * config.workload.prompt, N * G, int(data.lengths_NG.sum()))
-    return measure(call, config.warmup, config.repeats, work, after)
+    sizes = (len(data.lengths_NG), data.prompts.lengths_N.sum(), data.lengths_NG.size, data.lengths_NG.sum())
+    return count(config.workload.model, *map(int, sizes), config.workload.distinct_prompt_tokens)
 
 
 def _sample(config: StepBench, params: Params, data: Data, index: int) -> Rollouts:
     """Rollouts as long as the data's responses: no token ends one, limits do."""
-    workload = config.workload
-    sampling = SampleConfig(group_size=workload.group, temperature=TEMPERATURE, max_tokens=workload.tokens)
-    key, never = jax.random.fold_in(jax.random.key(config.seed), index), (workload.vocabulary,)
-    return sampler.sample(params, workload.model, sampling, data.prompts, key, never, limits_NG=data.lengths_NG)
+    model, (N, G) = config.workload.model, data.lengths_NG.shape
+    sampling = SampleConfig(
+        group_size=G, temperature=TEMPERATURE, max_tokens=config.workload.tokens, slots=config.slots
+    )
+    key, never = jax.random.fold_in(jax.random.key(config.seed), index), (config.workload.vocabulary,)
+    if config.refill:
+        return sampler.sample(params, model, sampling, data.prompts, key, never, limits_NG=data.lengths_NG)
+    parts = []
+    for rows in np.arange(N).reshape(-1, config.slots // G):
+        prompts, lengths_NG = jax.tree.map(lambda a, rows=rows: a[rows], data.prompts), data.lengths_NG[rows]
+        longest_NG = np.full_like(lengths_NG, lengths_NG.max())
+        parts.append(sampler.sample(params, model, sampling, prompts, key, never, limits_NG=longest_NG))
+    joined = jax.tree.map(lambda *each: np.concatenate(each), *(part.replace(slot_steps=0) for part in parts))
+    live_NGR = np.arange(config.workload.tokens)[None, None, :] < data.lengths_NG[:, :, None]
+    return joined.replace(
+        tokens_NGR=np.where(live_NGR, joined.tokens_NGR, 0),
+        logprobs_NGR=np.where(live_NGR, joined.logprobs_NGR, 0),
+        lengths_NG=data.lengths_NG,
+        slot_steps=sum(part.slot_steps for part in parts),
+    )
 
 
 def _rollout(config, params, data):
@@ -157,6 +186,7 @@ def _rollout(config, params, data):
     tokens, seconds = int(rollouts.lengths_NG.sum()), figures["s"]
     slow, usual, fast = (tokens / seconds[name] for name in ("max", "median", "min"))
     figures["tokens_per_s"] = {"min": slow, "median": usual, "max": fast}
+    figures |= {"tokens": tokens, "slot_steps": rollouts.slot_steps}
     checks = {
         "rollout_lengths": sorted({int(length) for length in rollouts.lengths_NG.ravel()}),
         "rollout_distinct_in_group": len({tuple(tokens_R) for tokens_R in rollouts.tokens_NGR[0].tolist()}),
@@ -210,7 +240,13 @@ def _update(config, params, data):
             gained_NGR = data.advantages_NG[:, :, None] * (_logprobs(state.params, data, stream, model) - old_NGR)
             checks["update_adv_dlogp"] = float(gained_NGR.sum() / data.lengths_NG.sum())
 
-    return _measure(config, flops.update, data, call, check), checks
+    return _measure(config, flops.update, data, call, check) | _stream_sizes(batch.stream), checks
+
+
+def _stream_sizes(stream: Stream) -> dict:
+    """Its distinct tokens, and the places that run: its sizes are rounded up."""
+    places_UT = np.asarray(stream.positions_UT)
+    return {"stream_tokens": int((places_UT >= 0).sum()), "stream_places": places_UT.size}
 
 
 def _whole_step(config, params, data):
