@@ -2,6 +2,7 @@
 same file; nothing of matplotlib's global state is touched. The canvas is looked at by its artists, not its pixels."""
 
 import sys
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -126,10 +127,51 @@ def test_bars_are_the_accuracies(tmp_path, figures):
     assert axis.get_xlabel() == "640 positions"
 
 
+PANEL = plots.Panel(
+    "Cost",
+    "size",
+    "seconds",
+    [
+        plots.Curve("measured", [1, 2, 8], [1.0, 1.5, 4.5], "points", 1),
+        plots.Curve("a line", [1, 8], [1.0, 4.5], "line"),
+        plots.Curve("other", [1, 8], [1.0, 8.0], "dashes"),
+    ],
+    top=5.0,
+)
+
+
+def test_curves_are_drawn_in_their_panels(tmp_path, figures):
+    doubled = replace(PANEL, title="Doubled", doublings=True, top=None)
+    path = plots.curves([PANEL, doubled, replace(PANEL, title="Third")], tmp_path / "a.png", title="Costs")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    panels = panels_of(figures[0])
+    assert list(panels) == ["Cost", "Doubled", "Third"] and figures[0].get_suptitle() == "Costs"
+    for axis in panels.values():
+        for curve in PANEL.curves:
+            assert line_of(axis, curve.label) == (curve.x, curve.y)
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("size", "seconds")
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == ["measured", "a line", "other"]
+        points, line, dashes = axis.lines
+        assert points.get_linestyle() == "None" and points.get_color() == plots.COLOURS[1]
+        assert line.get_linestyle() == "-" and dashes.get_linestyle() == "--"
+    assert panels["Cost"].get_ylim() == (0, 5) and panels["Cost"].get_xscale() == "linear"
+    assert panels["Doubled"].get_ylim()[0] == 0 and panels["Doubled"].get_ylim()[1] > 8
+    assert [label.get_text() for label in panels["Doubled"].get_xticklabels()] == ["1", "2", "8"]
+    tops = [round(axis.get_subplotspec().rowspan.start) for axis in panels.values()]
+    assert tops == [0, 0, 1]  # two in a row
+
+
+def test_fitted_line_by_hand():
+    """y = 2 x + 1 exactly; and (0, 0), (1, 0), (2, 3): slope 3/2, intercept -1/2; 1.5 of 6 is left."""
+    np.testing.assert_allclose(plots.fitted_line([1, 2, 5], [3, 5, 11]), (2, 1, 1))
+    np.testing.assert_allclose(plots.fitted_line([0, 1, 2], [0, 0, 3]), (1.5, -0.5, 1 - 1.5 / 6))
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     for draw in (
         lambda path: plots.learning_curve(ROWS, path, evaluations=EVALUATIONS),
         lambda path: plots.before_after(BARS, path, title="Hard positions"),
+        lambda path: plots.curves([PANEL], path, title="Costs"),
     ):
         first, second = (draw(tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
         assert first == second and b"matplotlib" not in first.lower()
@@ -149,4 +191,6 @@ def test_nothing_to_draw_is_said(tmp_path):
         plots.learning_curve([{"step": 1}, {"step": 2, "accuracy": None}], tmp_path / "a.png")
     with pytest.raises(InputError, match="no accuracy to draw"):
         plots.before_after({"base": {}}, tmp_path / "a.png", title="Hard positions")
+    with pytest.raises(InputError, match="no points in 1 panels"):
+        plots.curves([replace(PANEL, curves=[])], tmp_path / "a.png", title="Costs")
     assert not list(tmp_path.iterdir())

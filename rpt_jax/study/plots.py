@@ -1,4 +1,4 @@
-"""Rows of results -> pictures: how a run learnt, and accuracies before and after. Reads plain numbers, no models.
+"""Rows of results -> pictures: how a run learnt, accuracies before and after, curves. Reads plain numbers, no models.
 
 Figures stand on matplotlib's Agg canvas alone, without pyplot and its global state; the same rows give the same file,
 byte for byte, with one version of matplotlib. Colours are those of Okabe and Ito, which colour-blind readers can tell
@@ -6,7 +6,9 @@ apart; lines differ in marker, too.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -108,6 +110,71 @@ def before_after(
     return _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points of one kind in a panel."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    look: Literal["points", "joined", "line", "dashes"]  # measured, measured in order, a law that fits, another law
+    colour: int = 0  # of COLOURS and MARKERS; dashes are grey
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes and what is drawn between them; y begins at 0."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    doublings: bool = False  # the x axis goes by factors of two, a tick at each x
+    top: float | None = None  # where y ends, for curves that leave the panel; None: above all of them
+
+
+def curves(panels: Sequence[Panel], path: str | Path, *, title: str) -> Path:
+    """Panels, two in a row, each with its own legend, in a PNG; raises InputError where there is nothing to draw."""
+    if not any(len(curve.x) for panel in panels for curve in panel.curves):
+        raise InputError(f"no points in {len(panels)} panels: measure at least one")
+    rows = -(-len(panels) // 2)
+    figure, axes = _figure(title, (9.6, 0.5 + 3.6 * rows), min(2, len(panels)), rows)
+    for axis, panel in zip(axes, panels, strict=False):
+        for order, curve in enumerate(panel.curves):
+            _draw_curve(axis, curve, order)
+        axis.set_title(panel.title, fontsize=11, color=INK, loc="left")
+        axis.set_xlabel(panel.x, fontsize=10, color=INK)
+        axis.set_ylabel(panel.y, fontsize=10, color=INK)
+        if panel.doublings:
+            places = sorted({x for curve in panel.curves for x in curve.x})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [f"{x:.3g}" for x in places])
+            axis.set_xticks([], minor=True)
+        axis.set_ylim(0, panel.top)
+        axis.legend(loc="best", fontsize=9, frameon=False, labelcolor=INK)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    return _save(figure, path)
+
+
+def _draw_curve(axis: Axes, curve: Curve, order: int) -> None:
+    colour, marker = COLOURS[curve.colour % len(COLOURS)], MARKERS[curve.colour % len(MARKERS)]
+    looks = {
+        "points": {"color": colour, "marker": marker, "linestyle": "none"},
+        "joined": {"color": colour, "marker": marker, "linewidth": 1.4},
+        "line": {"color": colour, "linewidth": 1.2},
+        "dashes": {"color": QUIET, "linewidth": 1.2, "linestyle": (0, (4, 3))},
+    }
+    axis.plot(curve.x, curve.y, **looks[curve.look], markersize=5, label=curve.label, zorder=2 + order)
+
+
+def fitted_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """(slope, intercept, R^2) of the least-squares line; R^2 = 1 - residual / total sum of squares."""
+    slope, intercept = np.polyfit(x, y, 1)
+    residuals = np.asarray(y) - (slope * np.asarray(x) + intercept)
+    return float(slope), float(intercept), float(1 - (residuals**2).sum() / ((y - np.mean(y)) ** 2).sum())
+
+
 def _draw_bar(axis: Axes, centre: float, width: float, value: float, error: float | None, colour: str, mode: str):
     """A bar with its whisker, the value in per cent above both."""
     axis.bar(centre, value, 0.92 * width, color=colour, label=mode, zorder=2)
@@ -150,11 +217,11 @@ def _draw_held_out(axis: Axes, evaluations: Sequence[Mapping], split: str, name:
         )
 
 
-def _figure(title: str, inches: tuple[float, float], panels: int) -> tuple[Figure, Sequence[Axes]]:
+def _figure(title: str, inches: tuple[float, float], columns: int, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_facecolor("white")
         axis.spines[["top", "right"]].set_visible(False)
