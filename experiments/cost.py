@@ -10,7 +10,7 @@ results/cost.png. The model has float32 weights, D 256, and few layers, so that 
 
 Sizes lie on rungs of the ladder to which a stream is rounded (16, 24, 32, 48, 64, ...), but for one: 20 rollouts, which
 cost as many tokens as 24.
-Measured result: see LOG.md.
+Where others use the machine too, --clock cpu_s draws CPU seconds. Measured result: see LOG.md.
 """
 
 import csv
@@ -30,6 +30,7 @@ from rpt_jax.study.plots import Curve, Panel, curves, fitted_line
 RESULTS = Path(__file__).parent / "results" / "cost.csv"
 PICTURE = RESULTS.with_suffix(".png")
 
+CLOCKS = {"s": "seconds", "cpu_s": "CPU seconds"}  # medians of both are kept
 Series = Literal["group", "documents", "vocabulary", "lengths"]
 SMALL = Workload(vocabulary=2048, layers=2)
 UPDATE = StepBench(replace(SMALL, prompts=8, prompt=192, group=4, tokens=32), phases=("update",))
@@ -46,6 +47,7 @@ class Settings:
     series: tuple[Series, ...] = ("group", "documents", "vocabulary", "lengths")
     cores: str = ""  # CPUs to run on, e.g. 1; "": those of this process
     again: bool = False  # deletes the rows of these series first
+    clock: Literal["s", "cpu_s"] = "s"  # drawn: wall seconds, or where others use the machine CPU seconds
 
 
 def points(series: Series) -> list[tuple[float, StepBench]]:
@@ -75,7 +77,7 @@ def measured(series: Series, at: float, bench: StepBench) -> dict:
     of_phase = figures[phase]
     row = {"series": series, "at": f"{at:g}", "refill": bench.refill} | asdict(bench.workload)
     row |= {"slots": bench.slots, "cores": len(figures["cores"] or ()), "repeats": bench.repeats}
-    for clock in ("s", "cpu_s"):
+    for clock in CLOCKS:
         row |= {f"{clock}.{name}": round(of_phase[clock][name], 4) for name in ("median", "min", "max")}
     row |= {"gflops": round(of_phase["flops"] / 1e9, 2), "share_of_peak": round(of_phase["share_of_matmul_peak"], 3)}
     counts = ("stream_tokens", "stream_places", "tokens", "slot_steps")
@@ -106,12 +108,12 @@ def column(rows: Sequence[dict], name: str) -> list[float]:
     return [float(row[name]) for row in rows]
 
 
-def of_groups(rows: Sequence[dict]) -> Panel:
+def of_groups(rows: Sequence[dict], clock: str) -> Panel:
     """Seconds against G beside the line a (P + G R) + b, and beside G (P + R) from the first point."""
     rungs = [row for row in rows if int(row["group"]) != BETWEEN_RUNGS]
     between = [row for row in rows if int(row["group"]) == BETWEEN_RUNGS]
     P, R = int(rows[0]["prompt"]), int(rows[0]["tokens"])
-    groups, seconds = column(rungs, "group"), column(rungs, "s.median")
+    groups, seconds = column(rungs, "group"), column(rungs, f"{clock}.median")
     shared = [P + G * R for G in groups]
     a, b, fit = fitted_line(shared, seconds)
     _say("G", groups, rungs, shared)
@@ -119,10 +121,10 @@ def of_groups(rows: Sequence[dict]) -> Panel:
     return Panel(
         f"Update: a prompt of {P} tokens runs once",
         f"rollouts per prompt (G), of R = {R} tokens",
-        "seconds",
+        CLOCKS[clock],
         [
             Curve("measured", groups, seconds, "points"),
-            Curve("rounded up to 24", column(between, "group"), column(between, "s.median"), "points", 1),
+            Curve("rounded up to 24", column(between, "group"), column(between, f"{clock}.median"), "points", 1),
             Curve(f"a (P + G R) + b, R² = {fit:.3f}", groups, [a * tokens + b for tokens in shared], "line"),
             Curve("G (P + R), scaled", groups, apart, "dashes"),
         ],
@@ -130,9 +132,9 @@ def of_groups(rows: Sequence[dict]) -> Panel:
     )
 
 
-def of_documents(rows: Sequence[dict]) -> Panel:
+def of_documents(rows: Sequence[dict], clock: str) -> Panel:
     """Seconds against the positions that share a document, beside a line in distinct tokens, and beside FLOPs."""
-    positions, seconds = column(rows, "positions_per_document"), column(rows, "s.median")
+    positions, seconds = column(rows, "positions_per_document"), column(rows, f"{clock}.median")
     tokens, work = column(rows, "made.stream_tokens"), column(rows, "gflops")
     a, b, fit = fitted_line(tokens, seconds)
     _say("positions", positions, rows, tokens)
@@ -140,7 +142,7 @@ def of_documents(rows: Sequence[dict]) -> Panel:
     return Panel(
         f"Update: {rows[0]['prompts']} positions from fewer documents",
         "positions per document",
-        "seconds",
+        CLOCKS[clock],
         [
             Curve("measured", positions, seconds, "points"),
             Curve(f"a (distinct tokens) + b, R² = {fit:.3f}", positions, [a * t + b for t in tokens], "line"),
@@ -150,16 +152,16 @@ def of_documents(rows: Sequence[dict]) -> Panel:
     )
 
 
-def of_vocabularies(rows: Sequence[dict]) -> Panel:
+def of_vocabularies(rows: Sequence[dict], clock: str) -> Panel:
     """Seconds against V beside a line."""
-    sizes, seconds = column(rows, "vocabulary"), column(rows, "s.median")
+    sizes, seconds = column(rows, "vocabulary"), column(rows, f"{clock}.median")
     a, b, fit = fitted_line(sizes, seconds)
     _say("V", sizes, rows, sizes)
     thousands = [V / 1024 for V in sizes]
     return Panel(
         "Update: the vocabulary",
         "vocabulary (1024 tokens)",
-        "seconds",
+        CLOCKS[clock],
         [
             Curve("measured", thousands, seconds, "points"),
             Curve(f"a V + b, R² = {fit:.3f}", thousands, [a * V + b for V in sizes], "line"),
@@ -167,19 +169,19 @@ def of_vocabularies(rows: Sequence[dict]) -> Panel:
     )
 
 
-def of_lengths(rows: Sequence[dict]) -> Panel:
+def of_lengths(rows: Sequence[dict], clock: str) -> Panel:
     """Slot steps and seconds a token against the longest length over the mean, with and without refill."""
     found = []
-    even = float(rows[0]["s.median"]) / float(rows[0]["made.tokens"])  # seconds a token where all are as long
+    even = float(rows[0][f"{clock}.median"]) / float(rows[0]["made.tokens"])  # seconds a token where all are as long
     for colour, (refill, name) in enumerate((("True", "refill"), ("False", "wait for the longest"))):
         own = [row for row in rows if row["refill"] == refill]
         at, tokens, steps = column(own, "at"), column(own, "made.tokens"), column(own, "made.slot_steps")
         work = [step / made for step, made in zip(steps, tokens, strict=True)]
-        times = [s / made / even for s, made in zip(column(own, "s.median"), tokens, strict=True)]
+        times = [s / made / even for s, made in zip(column(own, f"{clock}.median"), tokens, strict=True)]
         print(f"{name}, limit over mean {', '.join(f'{each:g}' for each in at)}")
         print("  slot steps a token: " + ", ".join(f"{each:.3f}" for each in work))
-        for clock in ("s.median", "cpu_s.median"):
-            print(f"  {clock}: " + ", ".join(f"{each:.3f}" for each in column(own, clock)))
+        for each_clock in CLOCKS:
+            print(f"  {each_clock}: " + ", ".join(f"{each:.3f}" for each in column(own, f"{each_clock}.median")))
         found.append(Curve(f"{name}: slot steps per token", at, work, "joined", 2 * colour))
         found.append(Curve(f"{name}: seconds per token", at, times, "joined", 2 * colour + 1))
     return Panel(
@@ -195,8 +197,8 @@ def of_lengths(rows: Sequence[dict]) -> Panel:
 def _say(name: str, at: Sequence[float], rows: Sequence[dict], x: Sequence[float]) -> None:
     """Prints the points of a series and how well a line in x fits both clocks."""
     print(f"{name}: " + ", ".join(f"{each:g}" for each in at))
-    for clock in ("s.median", "cpu_s.median"):
-        seconds = column(rows, clock)
+    for clock in CLOCKS:
+        seconds = column(rows, f"{clock}.median")
         slope, intercept, fit = fitted_line(x, seconds)
         line = f"{slope:.3g} x + {intercept:.3g}, R^2 {fit:.4f}, last over first {seconds[-1] / seconds[0]:.2f}"
         print(f"  {clock}: " + ", ".join(f"{each:.3f}" for each in seconds) + f"; {line}")
@@ -215,7 +217,7 @@ def main(settings: Settings) -> None:
     for series, panel in PANELS.items():
         own = [rows[key] for key in order if key in rows and key[0] == series]
         if len(own) == sum(key[0] == series for key in order):
-            panels.append(panel(own))
+            panels.append(panel(own, settings.clock))
     curves(panels, PICTURE, title="What a step costs")
 
 
