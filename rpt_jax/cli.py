@@ -1,7 +1,7 @@
 """The command line: `rpt COMMAND`. Settings come from the dataclasses, so no flag is written by hand.
 
 What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
-that is not finite, 2 input that cannot be used, 128 + signal when told to stop (all saved).
+that is not finite or a plan that does not fit, 2 input that cannot be used, 128 + signal when told to stop (all saved).
 """
 
 import json
@@ -18,6 +18,7 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+    ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds of a step on a TPU slice, without one"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
 )
 BENCHES = (
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if as_json or argv[0] != "quickstart":  # which has shown its own
         show(figures, as_json)
-    return 0
+    return 0 if figures.get("fits", True) else 1
 
 
 def overview() -> str:
@@ -93,6 +94,13 @@ def run(command: str, words: list[str]) -> dict:
         return commands.run_annotate(parse(command, start or commands.AnnotateRun(), words))
     if command == "bench":
         return run_bench(given, words)
+    if command == "plan":
+        from rpt_jax.study import plan
+
+        if ["--mesh", "auto"] in [words[i : i + 2] for i in range(len(words))]:
+            words = [*(word for word in words if word not in ("--mesh", "auto")), "--choose-mesh"]
+        start = commands.part_of(plan.PlanRun, config.load_experiment(given)) if given else plan.PlanRun()
+        return plan.plan(parse(command, start, words))
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()

@@ -50,7 +50,8 @@ def test_every_command_lists_its_settings(capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split(), "--help"])
     output = capsys.readouterr().out
-    assert ended.value.code == 0 and f"usage: rpt {command}" in output and "--seed INT" in output
+    setting = "--topology STR" if command == "plan" else "--seed INT"
+    assert ended.value.code == 0 and f"usage: rpt {command}" in output and setting in output
 
 
 def test_bench_lists_what_it_measures(capsys):

@@ -311,8 +311,10 @@ def test_bad_input_stops_before_anything_is_written(tmp_path, changes, options, 
 
 def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
     config = settings(tmp_path / "run")
-    config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=5))
-    with pytest.raises(InputError, match="update.microbatches=5 on 8 devices, together=40: use a number that divides"):
+    config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=16))
+    with pytest.raises(
+        InputError, match="update.microbatches=16 on 8 devices, together=128: use a number that divides"
+    ):
         run(config, mesh_of(8, 1, 1))
 
 

@@ -1,0 +1,128 @@
+"""`rpt plan`: compiled for slices that are not there; FLOPs, bytes and seconds against numbers by hand."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rpt_jax import cli
+from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
+from rpt_jax.records import InputError
+from rpt_jax.study import plan
+
+SMALL = plan.PlanRun(
+    topology="v5e:2x2",
+    batch_size=4,
+    steps=10,
+    model=ModelConfig(
+        vocab_size=1024, width=256, layers=2, heads=2, kv_heads=1, head_channels=128, hidden=512, dtype="bfloat16"
+    ),
+    mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+    prompt=PromptConfig(max_tokens=128),
+    sample=SampleConfig(group_size=4, max_tokens=256, slots=8),
+    update=UpdateConfig(microbatches=4),
+)
+QWEN = dataclasses.replace(  # 1.5B, a response limit of 4,096 tokens
+    SMALL,
+    topology="v5e:4x4",
+    batch_size=64,
+    model=ModelConfig(
+        vocab_size=151936,
+        width=1536,
+        layers=28,
+        heads=12,
+        kv_heads=2,
+        head_channels=128,
+        hidden=8960,
+        qkv_bias=True,
+        tied_head=True,
+        dtype="bfloat16",
+        remat="layer",
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    prompt=PromptConfig(max_tokens=512),
+    sample=SampleConfig(group_size=8, max_tokens=4096),
+)
+
+
+def test_a_small_model_is_planned(tmp_path, capsys):
+    """Every phase compiles, with more devices than kv heads; the parts of the memory add up."""
+    experiment = tmp_path / "small.py"
+    experiment.write_text(
+        "from rpt_jax.config import *\n\n\ndef config():\n    return from_dict(Config, "
+        + repr(
+            {name: dataclasses.asdict(getattr(SMALL, name)) for name in ("model", "mesh", "prompt", "sample", "update")}
+        )
+        + " | {'batch_size': 4, 'steps': 10})\n"
+    )
+    assert cli.main(["plan", str(experiment), "--topology", "v5e:2x2", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["fits"] and figures["hbm_gib"] == 16 and figures["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    phases = figures["phases"]
+    assert list(phases) == ["prefill", "decode", "refill", "grow", "update", "score"]
+    for row in phases.values():
+        assert 0 < row["total_gib"] == pytest.approx(row["argument_gib"] + row["temp_gib"])
+    a_token = 2 * 2 * 128 * 2  # bytes in layers * (key, value) * channels * bfloat16; each device has the one head
+    cached = 4 * (256 + 128) * a_token + 4 * (256 + 128) * 4  # 4 slots of a unit, places beside them
+    assert phases["decode"]["cache_gib"] * plan.GIB == cached
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
+def test_decode_of_a_1_5b_model_copies_no_cache(topology):
+    """Temporaries are below a tenth of it."""
+    from rpt_jax.mesh import make_mesh
+    from rpt_jax.study import plan_phases
+
+    mesh = make_mesh(QWEN.mesh, plan._devices(topology))
+    job = plan_phases.Job(QWEN.model, QWEN.batch_size, QWEN.prompt, QWEN.sample, QWEN.update, mesh)
+    memory = plan_phases.phases(job)["decode"]()
+    assert memory.cache > 3 << 30
+    assert memory.temporaries + memory.outputs < 0.1 * memory.cache
+
+
+def test_flops_and_seconds_by_hand():
+    """A prompt of 2 tokens, 2 responses of 4 tokens, 1 layer; weights of 8 * 2 * (4 + 2) + 3 * 8 * 16 = 480."""
+    model = ModelConfig(vocab_size=10, width=8, layers=1, heads=2, kv_heads=1, head_channels=2, hidden=16)
+    config = plan.PlanRun(
+        topology="v5e:2x2",
+        batch_size=1,
+        model=model,
+        mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+        prompt=PromptConfig(max_tokens=2),
+        sample=SampleConfig(group_size=2, max_tokens=4),
+    )
+    prefill = 2 * (2 * (480 + 8 * 1) + 8 * 10)  # two tokens that see one key on average, one of them predicts
+    decode = 2 * (8 * (480 + 8 * (2 + 2)) + 8 * 8 * 10)
+    assert plan.model_flops(config, "prefill") == prefill
+    assert plan.model_flops(config, "decode") == decode
+    assert plan.model_flops(config, "update") == 3 * (prefill + decode)
+    weights = 480 + 2 * 80
+    assert plan.collective_bytes(config, "prefill") == weights * 4 / 2 / 2 + 2 * (2 * 8 * 4 * 2 / 2 / 2)
+    halves = dataclasses.replace(config, sample=dataclasses.replace(config.sample, slots=1))
+    # Four calls read all weights of a device; each token sees 2 / 2 + 2 cached places, 2 * 1 * 2 numbers each.
+    read = 4 * weights * 4 / 2 + 8 * 3 * 16 * 2 / 4
+    assert plan.seconds(config, "decode") == pytest.approx(max(read / 819e9, decode / 4 / 197e12, 8 * 32 / 200e9 / 2))
+    assert plan.seconds(halves, "decode") > plan.seconds(config, "decode")
+
+
+def test_meshes_are_tried_from_the_fastest(monkeypatch):
+    """Of 4 chips: heads allow tensor 1 and 2. What does not divide is left out."""
+    found = plan.candidates(SMALL, 4)
+    assert sorted(mesh.tensor for mesh in found) == [1, 2]
+    times = [sum(plan.seconds(dataclasses.replace(SMALL, mesh=mesh), p) for p in plan.PHASES) for mesh in found]
+    assert times == sorted(times)
+    with pytest.raises(InputError, match="no split of 4 chips divides batch_size=3"):
+        plan.candidates(dataclasses.replace(SMALL, batch_size=3, model=dataclasses.replace(SMALL.model, heads=3)), 4)
+
+
+def test_what_does_not_fit_is_named_with_a_remedy():
+    totals = {"prefill": 3.0, "decode": 20.0, "refill": 21.0, "grow": 9.0, "update": 17.0}
+    said = plan.remedy(SMALL, totals, 15.2)
+    assert "sample.slots=4" in said and "update.microbatches=8" in said and "model.remat=layer" in said
+    assert "batch_size" not in said
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x1", "v5e"])
+def test_unknown_slices_are_named(topology, capsys):
+    assert cli.main(["plan", "--topology", topology]) == 2
+    assert "topology=" in capsys.readouterr().err
