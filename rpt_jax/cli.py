@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    if as_json or argv[0] != "quickstart":  # which has shown its own
+    if as_json or argv[0] not in ("quickstart", "plan"):  # which show their own
         show(figures, as_json)
     return 0 if figures.get("fits", True) else 1
 
@@ -100,7 +100,9 @@ def run(command: str, words: list[str]) -> dict:
         if ["--mesh", "auto"] in [words[i : i + 2] for i in range(len(words))]:
             words = [*(word for word in words if word not in ("--mesh", "auto")), "--choose-mesh"]
         start = commands.part_of(plan.PlanRun, config.load_experiment(given)) if given else plan.PlanRun()
-        return plan.plan(parse(command, start, words))
+        figures = plan.plan(parse(command, start, words))
+        print(plan.shown(figures))
+        return figures
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import rpt_jax
-from rpt_jax.config import MeshConfig, ModelConfig, SampleConfig, UpdateConfig, from_dict, to_dict
+from rpt_jax.config import MeshConfig, ModelConfig, SampleConfig, UpdateConfig, from_dict, parts_of_groups, to_dict
 from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.batch import pack
 from rpt_jax.learning.update import init_state, make_optimizer, require_finite, train_step
@@ -68,12 +68,12 @@ class StepBench:
                 f"bench: phases={list(self.phases)}, repeats={self.repeats}, warmup={self.warmup}: use one phase or "
                 "more, repeats of 1 or more and warmup of 0 or more"
             )
-        prompts, parts = self.workload.prompts, self.devices * self.microbatches
-        if min(self.devices, self.microbatches) < 1 or prompts % parts:
+        prompts, what = self.workload.prompts, f"devices={self.devices} times microbatches={self.microbatches}"
+        if min(self.devices, self.microbatches) < 1 or prompts % self.devices:
             raise InputError(
-                f"bench: workload.prompts={prompts} do not divide into devices={self.devices} times microbatches="
-                f"{self.microbatches}: use numbers of 1 or more whose product divides the prompts"
+                f"bench: workload.prompts={prompts}, {what}: use 1 or more of each, and devices that divide the prompts"
             )
+        parts_of_groups(prompts, self.workload.group, self.devices * self.microbatches, what)
         rollouts, group = prompts * self.workload.group, self.workload.group
         if self.slots < 0 or not (self.refill or self.slots and rollouts % self.slots == self.slots % group == 0):
             raise InputError(

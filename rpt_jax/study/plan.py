@@ -68,10 +68,31 @@ def plan(config: PlanRun) -> dict:
     Config(batch_size=config.batch_size, model=config.model, sample=config.sample, update=config.update).check()
     meshes = candidates(config, len(devices)) if config.choose_mesh else [config.mesh]
     for mesh in meshes:
-        figures = _planned(dataclasses.replace(config, mesh=mesh), chip, devices)
+        last = mesh is meshes[-1]
+        figures = _planned(dataclasses.replace(config, mesh=mesh), chip, devices, whole=last)
         if figures["fits"]:
             break
     return figures
+
+
+def shown(figures: dict) -> str:
+    """The same for people."""
+    lines = [f"{'':10}{'arguments':>11}{'temporary':>11}{'in all':>9}{'of it cache':>13}{'seconds at peak':>17}"]
+    for name, row in figures["phases"].items():
+        gib = (row["argument_gib"], row["temp_gib"], row["total_gib"], row["cache_gib"])
+        seconds = f"{row['roofline_s']:17.1f}" if "roofline_s" in row else ""
+        lines.append("{:10}{:11.1f}{:11.1f}{:9.1f}{:13.1f}".format(name, *gib) + seconds)
+    axes = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    most = max(row["total_gib"] for row in figures["phases"].values())
+    verdict = "fits" if figures["fits"] else "does not fit"
+    lines = [f"{figures['topology']} as {axes}, GiB a chip:", *lines, ""]
+    lines.append(f"{verdict}: {most:.1f} of {figures['hbm_gib']:g} GiB a chip at most")
+    for name, size in list(figures.get("largest_gib", {}).items())[:4]:
+        lines.append(f"  {name}: {size:.1f} GiB")
+    if "remedy" in figures:
+        lines.append(figures["remedy"])
+    step, hours = figures["step_s_estimate"], figures["chip_hours_estimate"]
+    return "\n".join([*lines, f"estimate: {step:.0f} s a step and {hours:.0f} chip-hours at least, all at peak speed"])
 
 
 def chip_of(topology: str) -> Chip:
@@ -86,8 +107,12 @@ def _devices(topology: str) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("plan: compiling for a TPU needs libtpu: install the extra tpu, pip install -e '.[tpu]'")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu says that it has looked for them
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     import jax
     from jax.experimental import topologies
+
+    jax.config.update("jax_enable_compilation_cache", False)  # no program for an absent chip can be read back
 
     more = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
@@ -127,7 +152,8 @@ def _divides(config: PlanRun) -> bool:
     return True
 
 
-def _planned(config: PlanRun, chip: Chip, devices: list) -> dict:
+def _planned(config: PlanRun, chip: Chip, devices: list, whole: bool) -> dict:
+    """Figures of one mesh; unless `whole`, phases behind one that does not fit are left out."""
     from rpt_jax.mesh import make_mesh
     from rpt_jax.study import plan_phases
 
@@ -152,6 +178,9 @@ def _planned(config: PlanRun, chip: Chip, devices: list) -> dict:
                 "model_flops": model_flops(config, name),
                 "roofline_s": seconds(config, name),
             }
+        if not whole and memory.total / GIB > chip.hbm_gib * HEADROOM:
+            log.info("%s does not fit on %s: the next mesh", name, shape)
+            return {"fits": False}
         log.info("%s: %.1f GiB a chip, compiled in %.0f s", name, memory.total / GIB, time.perf_counter() - began)
     room = chip.hbm_gib * HEADROOM
     fits = all(memory.total / GIB <= room for memory in peaks.values())
@@ -185,7 +214,7 @@ def remedy(config: PlanRun, totals: dict[str, float], room: float) -> str:
             found.append("model.remat=layer")
     if totals.get("prefill", 0) > room:
         found.append(f"batch_size={config.batch_size // 2}, or a shorter prompt.max_tokens")
-    return "does not fit: try " + "; ".join(found or ["a larger slice"]) + "; or a larger slice"
+    return "try " + "; ".join(found or ["a larger slice"]) + "; or a larger slice"
 
 
 def _largest(job) -> dict[str, float]:

@@ -4,6 +4,7 @@ In: an experiment's settings and the slice's mesh. Out: bytes of each phase on o
 the program (`memory_analysis`), for prompts and responses as long as they may be.
 """
 
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ from rpt_jax.mesh import BATCH, batch_parts, copies_of_heads, param_shardings, r
 from rpt_jax.policy import caches, decoder, sampler, slots
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.stream import packed, packed_prompts
-from rpt_jax.records import Batch
+from rpt_jax.records import Batch, InputError
 
 QUERIES = 512  # of a block of a stream, on TPUs
 END = (0,)  # any token: which one makes no difference
@@ -235,10 +236,28 @@ def _update(job: Job) -> Memory:
 
 def _compiled(job: Job, lower, arguments: tuple, resident: int, cache=()) -> Memory:
     with jax.set_mesh(job.mesh):
-        memory = lower(*arguments).compile().memory_analysis()
+        lowered = lower(*arguments)
+        try:
+            memory = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Memory(*_too_much(str(error), arguments), resident, bytes_on_chip(cache))
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes
     return Memory(*sizes, resident, bytes_on_chip(cache))
+
+
+def _too_much(message: str, arguments: tuple) -> tuple[int, int, int]:
+    """(arguments, outputs, temporaries) of a program that the compiler refuses, as far as its message tells."""
+    given = bytes_on_chip([leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)])
+    found = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G", message)
+    if found is None:
+        raise InputError(
+            f"plan: the compiler has not enough memory and does not say how much it takes: {message[:300]}"
+        )
+    temporaries, used = (0 if number is None else round(float(number) * (1 << 30)) for number in found.groups())
+    return given, 0, temporaries or max(0, used - given)
 
 
 def _placed(x, sharding) -> jax.ShapeDtypeStruct:
