@@ -18,7 +18,7 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
-    ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds of a step on a TPU slice, without one"),
+    ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
 )
 BENCHES = (
