@@ -49,6 +49,7 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm over each head's channels before RoPE
     tied_head: bool = False  # the head is the transposed embedding
+    context: int = 0  # tokens that a published model was made for, for `rpt convert` to pass on; 0: not said
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; softmax and norms run in float32
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "layer", "dots"] = "none"  # kept in the backward pass: all | layer inputs | matmul outputs

@@ -121,6 +121,18 @@ def test_what_changes_no_update_may_change(config):
         run_folder.require_same_run(dataclasses.replace(config, steps=1), IDENTITY, 2)
 
 
+def test_a_setting_that_came_later_has_its_default_in_older_runs(config, tmp_path):
+    write(config, [1, 2])
+    file = tmp_path / "run" / "config.json"
+    content = json.loads(file.read_text())
+    del content["config"]["model"]["context"]
+    file.write_text(json.dumps(content))
+    run_folder.require_same_run(config, IDENTITY, 2)
+    with pytest.raises(InputError, match="model/context=0, this one has 7"):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, context=7))
+        run_folder.require_same_run(changed, IDENTITY, 2)
+
+
 def test_steps_may_not_change_under_a_schedule_that_ends_with_them(config):
     config = dataclasses.replace(config, update=dataclasses.replace(config.update, schedule="cosine"))
     write(config, [1, 2])

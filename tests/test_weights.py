@@ -16,7 +16,16 @@ from rpt_jax.policy.weights_config import config_json, read_config
 from rpt_jax.records import InputError
 
 LLAMA = ModelConfig(
-    vocab_size=12, width=8, layers=3, heads=4, kv_heads=2, head_channels=4, hidden=6, rope_theta=50.0, norm_epsilon=1e-3
+    vocab_size=12,
+    width=8,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_channels=4,
+    hidden=6,
+    rope_theta=50.0,
+    norm_epsilon=1e-3,
+    context=64,
 )
 MODELS = {
     "llama": LLAMA,
@@ -139,11 +148,11 @@ def test_round_trip_is_bitwise(family, dtype, tmp_path):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
-    weights.save_weights(tmp_path / "b", model, params, context=64)
+    weights.save_weights(tmp_path / "b", model, params)
     assert_same_bits(safetensors.numpy.load_file(tmp_path / "b" / "model.safetensors"), tensors)
     assert dataclasses.replace(read_config(tmp_path / "b"), param_dtype=dtype) == model
     host = jax.device_get(params)
-    weights.save_weights(tmp_path / "c", model, host, context=64)
+    weights.save_weights(tmp_path / "c", model, host)
     assert_same_bits(weights.load_weights(tmp_path / "c", model), params)
 
 
@@ -158,7 +167,7 @@ def test_16_bit_files_are_exact_in_float32(dtype, tmp_path):
 def test_many_files_with_an_index(tmp_path):
     """Files keep to the limit, the index names the file of every tensor, and all together are the one file."""
     params = weights.load_weights(write(tmp_path / "one", LLAMA, published(LLAMA)), LLAMA)
-    weights.save_weights(tmp_path / "many", LLAMA, params, context=64, file_bytes=2000)
+    weights.save_weights(tmp_path / "many", LLAMA, params, file_bytes=2000)
     index = json.loads((tmp_path / "many" / weights.INDEX).read_text())
     files = sorted(tmp_path.glob("many/*.safetensors"))
     assert len(files) > 2 and files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
@@ -186,11 +195,8 @@ def test_eight_devices_read_their_own_parts(family, tmp_path, monkeypatch):
     params = weights.load_weights(folder, model, shardings)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
     assert_same_bits(params, whole)
-    replicated = [leaf for leaf in jax.tree.leaves(params) if leaf.is_fully_replicated]
-    others = [leaf for leaf in jax.tree.leaves(params) if not leaf.is_fully_replicated]
-    held = sum(shard.data.size for leaf in others for shard in leaf.addressable_shards)
-    assert sum(elements) == held + sum(leaf.size for leaf in replicated)
-    weights.save_weights(tmp_path / "b", model, params, context=64)
+    assert sum(elements) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    weights.save_weights(tmp_path / "b", model, params)
     assert_same_bits(safetensors.numpy.load_file(tmp_path / "b" / "model.safetensors"), published(model))
 
 
@@ -262,8 +268,8 @@ def test_nothing_is_overwritten(tmp_path):
     params = weights.load_weights(write(tmp_path, LLAMA, published(LLAMA)), LLAMA)
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="holds a checkpoint already"):
-        weights.save_weights(tmp_path, LLAMA, params, context=64)
+        weights.save_weights(tmp_path, LLAMA, params)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     with pytest.raises(InputError, match="neither"):
-        weights.save_weights(tmp_path / "new", dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True), {}, context=64)
+        weights.save_weights(tmp_path / "new", dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True), {})
     assert not (tmp_path / "new").exists()

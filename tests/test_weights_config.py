@@ -99,26 +99,58 @@ def written(folder, values):
 def test_llama_31(tmp_path):
     scaling = RopeScaling("llama3", 8.0, 8192, low_frequency_factor=1.0, high_frequency_factor=4.0)
     assert written(tmp_path, LLAMA_31_8B) == ModelConfig(
-        128256, 4096, 32, 32, 8, 128, 14336, rope_theta=500000.0, rope_scaling=scaling, norm_epsilon=1e-5
+        128256,
+        4096,
+        32,
+        32,
+        8,
+        128,
+        14336,
+        rope_theta=500000.0,
+        rope_scaling=scaling,
+        norm_epsilon=1e-5,
+        context=131072,
     )
 
 
 def test_qwen25(tmp_path):
     assert written(tmp_path, QWEN25_HALF_B) == ModelConfig(
-        151936, 896, 24, 14, 2, 64, 4864, rope_theta=1e6, norm_epsilon=1e-6, qkv_bias=True, tied_head=True
+        151936,
+        896,
+        24,
+        14,
+        2,
+        64,
+        4864,
+        rope_theta=1e6,
+        norm_epsilon=1e-6,
+        qkv_bias=True,
+        tied_head=True,
+        context=32768,
     )
 
 
 def test_qwen3_with_yarn(tmp_path):
     scaling = RopeScaling("yarn", 4.0, 32768, beta_fast=32.0, beta_slow=1.0, attention_factor=0.0)
     assert written(tmp_path, QWEN3_8B_YARN) == ModelConfig(
-        151936, 4096, 36, 32, 8, 128, 12288, rope_theta=1e6, rope_scaling=scaling, norm_epsilon=1e-6, qk_norm=True
+        151936,
+        4096,
+        36,
+        32,
+        8,
+        128,
+        12288,
+        rope_theta=1e6,
+        rope_scaling=scaling,
+        norm_epsilon=1e-6,
+        qk_norm=True,
+        context=40960,
     )
 
 
 def test_what_may_be_absent_or_null(tmp_path):
     """Llama without key/value heads has as many as heads; head_dim is hidden_size / heads; theta 10,000."""
-    expected = ModelConfig(11, 12, 2, 3, 3, 4, 20, rope_theta=10000.0, norm_epsilon=1e-6)
+    expected = ModelConfig(11, 12, 2, 3, 3, 4, 20, rope_theta=10000.0, norm_epsilon=1e-6, context=64)
     assert written(tmp_path, TINY) == expected
     assert written(tmp_path, TINY | {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None}) == expected
 
@@ -141,7 +173,7 @@ def test_ways_to_write_rope_scaling(tmp_path, rope, scaling):
     assert written(tmp_path, TINY | {"rope_scaling": rope}).rope_scaling == scaling
 
 
-LLAMA = ModelConfig(11, 12, 2, 3, 1, 8, 20, rope_theta=123.0, norm_epsilon=1e-4)
+LLAMA = ModelConfig(11, 12, 2, 3, 1, 8, 20, rope_theta=123.0, norm_epsilon=1e-4, context=4096)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +186,9 @@ LLAMA = ModelConfig(11, 12, 2, 3, 1, 8, 20, rope_theta=123.0, norm_epsilon=1e-4)
     ],
 )
 def test_what_is_written_reads_back(tmp_path, model):
-    values = config_json(model, context=4096, end_id=7)
+    values = config_json(model, end_ids=[7, 9])
     assert written(tmp_path, values) == model
-    assert values["max_position_embeddings"] == 4096 and values["eos_token_id"] == 7
+    assert values["max_position_embeddings"] == 4096 and values["eos_token_id"] == [7, 9]
     assert values["architectures"] == [
         {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[values["model_type"]] + "ForCausalLM"
     ]
@@ -166,13 +198,18 @@ def test_yarn_factor_on_cos_and_sin_is_written_only_when_given():
     """transformers takes an attention_factor of 0 at its word, and computes 0.1 ln(factor) + 1 where there is none."""
     for given, expected in [(0.0, {}), (1.5, {"attention_factor": 1.5})]:
         scaling = RopeScaling("yarn", 4.0, 1024, attention_factor=given)
-        written_rope = config_json(dataclasses.replace(LLAMA, rope_scaling=scaling), 4096, None)["rope_scaling"]
+        written_rope = config_json(dataclasses.replace(LLAMA, rope_scaling=scaling), None)["rope_scaling"]
         assert {key: value for key, value in written_rope.items() if key == "attention_factor"} == expected
+
+
+def test_a_model_without_a_context_cannot_be_written():
+    with pytest.raises(InputError, match="model.context=0: .* how many tokens"):
+        config_json(dataclasses.replace(LLAMA, context=0), None)
 
 
 def test_a_model_of_no_family_cannot_be_written():
     with pytest.raises(InputError, match="qkv_bias and model.qk_norm"):
-        config_json(dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True), 64, None)
+        config_json(dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True), None)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +222,9 @@ def test_a_model_of_no_family_cannot_be_written():
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+        ({"use_mrope": True}, "use_mrope=True, but the decoder has False only"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config=.*the decoder has none"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*fp8.*choose another model"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=False"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope type 'linear'"),

@@ -116,7 +116,8 @@ def require_same_run(config: Config, identity: dict, start: int) -> None:
     """
     folder = Path(config.run_folder)
     there = read_json(folder / "config.json", "config", "identity")
-    old, new = _bound(there["config"]), _bound(to_dict(config))
+    before = from_dict(Config, there["config"], f"{folder / 'config.json'}: config")  # settings since added: defaults
+    old, new = _bound(to_dict(before)), _bound(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise InputError(

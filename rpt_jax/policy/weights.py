@@ -187,20 +187,18 @@ def save_weights(
     model: ModelConfig,
     params: Params,
     *,
-    context: int,
-    end_id: int | None = None,
+    end_ids: int | list[int] | None = None,
     file_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes config.json and, in model.param_dtype, safetensors files that transformers reads.
 
-    context: max_position_embeddings, tokens. end_id: the end-of-text token. file_bytes: the most a file has, unless it
-    is a single tensor; host memory holds one file. With several processes all call it and the first writes.
+    end_ids: what ends a text. file_bytes: the most a file has, unless it is a single tensor; host memory holds one
+    file. With several processes all call it and the first writes.
     Raises InputError for a model of no family and for a folder in use.
     """
     folder = Path(folder)
-    config = json.dumps(config_json(model, context, end_id), indent=2)
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
-        raise InputError(f"{folder} holds a checkpoint already: give a new folder")
+    config = json.dumps(config_json(model, end_ids), indent=2)
+    require_new_folder(folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_weights")  # nobody writes before all have looked
     leaves = _leaves(model)

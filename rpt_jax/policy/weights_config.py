@@ -20,6 +20,9 @@ FIXED = {  # settings of config.json that the decoder has in this form only
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "truncate": True,
+    "use_mrope": False,
+    "dual_chunk_attention_config": None,
+    "quantization_config": None,
 }
 ROPE = {  # fields of RopeScaling by kind, with their names in config.json
     "llama3": {
@@ -66,6 +69,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         tied_head=get("tie_word_embeddings", bool, False),
+        context=get("max_position_embeddings", int, 0),
     )
     model.check()
     return model
@@ -99,7 +103,8 @@ def _refuse_unknown(values: dict, file: Path) -> None:
     """Raises InputError for a setting that the decoder has in another form only."""
     for key, only in FIXED.items():
         if values.get(key) not in (None, only):
-            raise InputError(f"{file}: {key}={values[key]!r}, but the decoder has {only!r} only: choose another model")
+            has = "none" if only is None else f"{only!r} only"
+            raise InputError(f"{file}: {key}={values[key]!r}, but the decoder has {has}: choose another model")
     windowed = sorted({str(kind) for kind in values.get("layer_types") or ()} - {"full_attention"})
     if windowed:
         raise InputError(f"{file}: layer_types has {windowed[0]!r}, the decoder full attention only: choose another")
@@ -129,11 +134,13 @@ def _read_rope(values: dict, file: Path) -> tuple[float, RopeScaling]:
     return theta, RopeScaling(kind, **{ours: _get(rope, file, n, types.get(ours, float)) for ours, n in names.items()})
 
 
-def config_json(model: ModelConfig, context: int, end_id: int | None) -> dict:
+def config_json(model: ModelConfig, end_ids: int | list[int] | None) -> dict:
     """What config.json says of the model; raises InputError where no family has its combination of options.
 
-    context: max_position_embeddings, tokens; end_id: the end-of-text token.
+    end_ids: the token, or tokens, that end a text.
     """
+    if model.context < 1:
+        raise InputError("model.context=0: config.json has to say for how many tokens the model was made: set it")
     if model.qkv_bias and model.qk_norm:
         raise InputError("model.qkv_bias and model.qk_norm together: neither Qwen2 nor Qwen3 has both, drop one")
     family = "qwen2" if model.qkv_bias else "qwen3" if model.qk_norm else "llama"
@@ -148,14 +155,14 @@ def config_json(model: ModelConfig, context: int, end_id: int | None) -> dict:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_channels,
         "hidden_act": FIXED["hidden_act"],
-        "max_position_embeddings": context,
+        "max_position_embeddings": model.context,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_theta,
         "rope_scaling": _rope_json(model.rope_scaling),
         "tie_word_embeddings": model.tied_head,
         "torch_dtype": model.param_dtype,
         "bos_token_id": None,
-        "eos_token_id": end_id,
+        "eos_token_id": end_ids,
     }
     return values if family == "qwen2" else values | {"attention_bias": False}
 
