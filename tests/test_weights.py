@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +59,13 @@ def published(model: ModelConfig, dtype=np.float32) -> dict[str, np.ndarray]:
 def write(folder, model, tensors):
     """A published checkpoint in one file."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_json(model, 64, None)))
+    (folder / "config.json").write_text(json.dumps(config_json(model, None)))
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def decoder_shapes(model):
+    return jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
 
 
 def bits(array) -> bytes:
@@ -144,7 +149,7 @@ def test_round_trip_is_bitwise(family, dtype, tmp_path):
     model = dataclasses.replace(MODELS[family], param_dtype=dtype)
     tensors = published(model, dtype)
     params = weights.load_weights(write(tmp_path / "a", model, tensors), model)
-    shapes = jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
+    shapes = decoder_shapes(model)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
@@ -184,20 +189,47 @@ def test_many_files_with_an_index(tmp_path):
 
 @pytest.mark.parametrize("family", MODELS)
 def test_eight_devices_read_their_own_parts(family, tmp_path, monkeypatch):
-    """Sharded leaves equal those of one device, nothing is read twice over for a device, and they save the same."""
+    """Sharded leaves equal those of one device, every number is read once for all devices, and they save the same."""
     model = MODELS[family]
     folder = write(tmp_path / "a", model, published(model))
     whole = weights.load_weights(folder, model)
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = meshes.param_shardings(mesh, decoder.logical_axes(model), whole)
     elements, read = [], weights._Leaf.read
-    monkeypatch.setattr(weights._Leaf, "read", lambda *args: elements.append((part := read(*args)).size) or part)
+    monkeypatch.setattr(weights._Leaf, "read", lambda *args: elements.append(args[-1].size) or read(*args))
     params = weights.load_weights(folder, model, shardings)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
     assert_same_bits(params, whole)
     assert sum(elements) == sum(leaf.size for leaf in jax.tree.leaves(params))
     weights.save_weights(tmp_path / "b", model, params)
     assert_same_bits(safetensors.numpy.load_file(tmp_path / "b" / "model.safetensors"), published(model))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_host_memory_holds_one_tensor_beside_the_parameters(sharded, tmp_path, monkeypatch):
+    """The most that numpy and the files' reader hold at a time; XLA's own buffers are not counted here.
+
+    An embedding that a CPU device takes without a copy is the parameters themselves, and stays. A whole leaf of ours
+    would be six times the largest tensor, blocks of it are a twentieth each.
+    """
+    model = dataclasses.replace(LLAMA, width=512, layers=6, hidden=2048, vocab_size=512, tied_head=True)
+    folder = write(tmp_path, model, published(model))
+    shapes = decoder_shapes(model)
+    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = meshes.param_shardings(mesh, decoder.logical_axes(model), shapes) if sharded else None
+    weights.load_weights(folder, model, shardings)  # compiles
+    largest = 4 * model.width * model.hidden
+    sizes, read = [], weights._Leaf.read
+    monkeypatch.setattr(weights._Leaf, "read", lambda *args: sizes.append(args[-1].nbytes) or read(*args))
+    monkeypatch.setattr(weights, "BLOCK_BYTES", largest // 20)
+    tracemalloc.start()
+    try:
+        weights.load_weights(folder, model, shardings)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * model.width * model.vocab_size + 1.2 * largest
+    assert sizes == sorted(sizes, reverse=True)  # so that XLA's buffers are few while much is staged
 
 
 def test_any_sharding_will_do(tmp_path):

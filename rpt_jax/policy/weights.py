@@ -1,12 +1,14 @@
 """Hugging Face safetensors to our parameter tree, and back.
 
 In: a folder in which Llama, Qwen2/2.5 or Qwen3 is published, one file or many with an index, and its ModelConfig (from
-weights_config.py). Out: parameters laid out as decoder.init makes them, each device reading its own part only. Tensors
-that the model lacks or does not know are an InputError: a model that is nearly right trains without a word.
+weights_config.py). Out: parameters laid out as decoder.init makes them, each device reading its own part only. Host
+memory holds a tensor at a time, never a second copy of the model. Tensors that the model lacks or does not know are an
+InputError: a model that is nearly right trains without a word.
 """
 
 import contextlib
 import functools
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -46,6 +49,8 @@ TENSORS = {
     "layers.w_down": ("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
 }
 INDEX = "model.safetensors.index.json"
+BLOCK_BYTES = 1 << 22  # of a tensor are read at once, on the way to their place in our layout
+ALIGNMENT = 64  # bytes: a numpy array that begins at a multiple becomes an array on a CPU device without a copy
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,17 @@ class _Leaf:
         """One tensor in their layout."""
         return np.ascontiguousarray(own.transpose(self.their_order).reshape(self.their_shape))
 
-    def read(self, tensor, part: tuple[slice, ...]) -> np.ndarray:
-        """A part (slices of our axes) of one tensor, read from the file without the rest and brought to our layout."""
+    def read(self, tensor, part: tuple[slice, ...], own: np.ndarray) -> None:
+        """Fills `own` with a part (slices of our axes) of one tensor, read from the file without the rest."""
+        axis = self.merged[0][0]
+        start, stop, _ = part[axis].indices(self.shape[axis])
+        step = max(1, BLOCK_BYTES * (stop - start) // max(own.nbytes, 1))
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            place = (slice(None),) * axis + (slice(begin - start, end - start),)
+            own[place] = self._read_block(tensor, (*part[:axis], slice(begin, end), *part[axis + 1 :]))
+
+    def _read_block(self, tensor, part: tuple[slice, ...]) -> np.ndarray:
         cuts, sizes = [], []
         for first, *rest in self.merged:
             inner = [self.shape[axis] for axis in rest]
@@ -81,6 +95,13 @@ class _Leaf:
         own = tensor[tuple(cuts)].reshape(sizes).transpose(np.argsort(self.their_order))
         leading = {axes[0] for axes in self.merged}
         return own[tuple(slice(None) if axis in leading else cut for axis, cut in enumerate(part))]
+
+
+def _aligned_empty(count: int) -> np.ndarray:
+    """So many bytes, at an address from which a CPU device takes them as they are, without a copy."""
+    raw = np.empty(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count]
 
 
 @functools.cache  # tracing takes half a second
@@ -100,32 +121,98 @@ def _leaves(model: ModelConfig) -> list[_Leaf]:
 
 
 def load_weights(folder: str | Path, model: ModelConfig, shardings: Params | None = None) -> Params:
-    """The checkpoint's parameters in model.param_dtype, on one device or laid out by a tree of shardings.
+    """The checkpoint's parameters in model.param_dtype, on one device or laid out by a tree of (named) shardings.
 
-    A device reads its own part of each tensor, one leaf after the other: host memory holds the parts of one leaf.
+    A device reads its own part of each tensor, one tensor after the other, and a tensor lies in its place before the
+    next is read: beside the parameters themselves host memory holds the parts of one tensor and BLOCK_BYTES.
     Raises InputError, before anything is read, when the tensors are not exactly those that the model needs.
     """
     leaves = _leaves(model)
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = [one] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    places = [_Place(*pair, np.dtype(model.param_dtype)) for pair in zip(leaves, placed, strict=True)]
+    arrays, staging = {}, _aligned_empty(0)
     with contextlib.ExitStack() as stack:
         tensors = _open(Path(folder), stack)
         _check(Path(folder), model, leaves, tensors)
+        # The largest first: when nearly all parameters are there, what is staged is small.
+        for place in sorted(places, key=lambda place: -place.staged_bytes):
+            if not place.leaf.stacked:  # its own, which a CPU device keeps
+                arrays[place.leaf.path] = place.load(tensors, _aligned_empty(place.staged_bytes))
+                continue
+            if not place.staged_bytes <= staging.nbytes < 2 * place.staged_bytes:
+                staging = _aligned_empty(0)
+                gc.collect(0)  # jax lets go of host arrays when Python collects
+                staging = _aligned_empty(place.staged_bytes)
+            arrays[place.leaf.path] = place.load(tensors, staging)
+    return jax.tree.unflatten(jax.tree.structure(_shapes(model)), [arrays[leaf.path] for leaf in leaves])
 
-        def make(leaf: _Leaf, sharding) -> Array:
-            def read(part: tuple[slice, ...]) -> np.ndarray:
-                names, within = (leaf.names[part[0]], part[1:]) if leaf.stacked else (leaf.names, part)
-                shape = [len(range(*cut.indices(size))) for cut, size in zip(within, leaf.shape, strict=True)]
-                own = np.empty((len(names), *shape), model.param_dtype)
-                for layer, name in enumerate(names):
-                    own[layer] = leaf.read(tensors[name].get_slice(name), within)
-                return own if leaf.stacked else own[0]
 
-            shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
-            return jax.make_array_from_callback(shape, sharding, read)
+@dataclass(frozen=True)
+class _Place:
+    """Where a leaf goes."""
 
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = [one] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-        arrays = [make(leaf, sharding) for leaf, sharding in zip(leaves, placed, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(_shapes(model)), arrays)
+    leaf: _Leaf
+    sharding: jax.sharding.Sharding
+    dtype: np.dtype
+
+    @functools.cached_property
+    def within(self) -> jax.sharding.Sharding:
+        """The sharding of one tensor."""
+        if self.leaf.stacked and isinstance(self.sharding, jax.sharding.NamedSharding):
+            return jax.NamedSharding(self.sharding.mesh, jax.P(*self.sharding.spec[1:]))
+        return self.sharding
+
+    @functools.cached_property
+    def parts(self) -> dict[tuple, tuple[slice, ...]]:
+        """The parts of a tensor that devices of this process hold, those that several hold once, by their bounds."""
+        parts = self.within.addressable_devices_indices_map(self.leaf.shape).values()
+        return {self.bounds(part): part for part in parts}
+
+    def bounds(self, part: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(cut.indices(size)[:2] for cut, size in zip(part, self.leaf.shape, strict=True))
+
+    def bytes_of(self, bounds: tuple[tuple[int, int], ...]) -> int:
+        size = math.prod(stop - start for start, stop in bounds) * self.dtype.itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def staged_bytes(self) -> int:
+        return sum(map(self.bytes_of, self.parts))
+
+    def load(self, tensors: dict, staging: np.ndarray) -> Array:
+        """The whole leaf; its tensors come through `staging` one by one."""
+        if not self.leaf.stacked:
+            return self._load_tensor(tensors, self.leaf.names[0], staging).block_until_ready()
+        array = jnp.zeros((len(self.leaf.names), *self.leaf.shape), self.dtype, device=self.sharding)
+        for layer, name in enumerate(self.leaf.names):
+            array = _layer_setter(self.sharding)(array, self._load_tensor(tensors, name, staging), layer)
+            array.block_until_ready()  # what is staged has arrived, and the next layer may take its place
+        return array
+
+    def _load_tensor(self, tensors: dict, name: str, staging: np.ndarray) -> Array:
+        staged, begin = {}, 0
+        for bounds, part in self.parts.items():
+            shape = [stop - start for start, stop in bounds]
+            end = begin + math.prod(shape) * self.dtype.itemsize
+            staged[bounds] = staging[begin:end].view(self.dtype).reshape(shape)
+            self.leaf.read(tensors[name].get_slice(name), part, staged[bounds])
+            begin += self.bytes_of(bounds)
+        return jax.make_array_from_callback(self.leaf.shape, self.within, lambda part: staged[self.bounds(part)])
+
+
+@functools.cache
+def _layer_setter(sharding):
+    """(array with L in front, one layer, its number) -> the array, which is written to where it lies."""
+    update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The param_dtype that keeps the tensors of a checkpoint as they are: "bfloat16" where all are, else "float32"."""
+    with contextlib.ExitStack() as stack:
+        tensors = _open(Path(folder), stack)
+        return "bfloat16" if {file.get_slice(n).get_dtype() for n, file in tensors.items()} == {"BF16"} else "float32"
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict:
@@ -164,8 +251,11 @@ def _check(folder: Path, model: ModelConfig, leaves: list[_Leaf], tensors: dict)
         )
     unknown = [name for name in tensors if name not in shapes and not name.endswith("rotary_emb.inv_freq")]
     if model.tied_head and "lm_head.weight" in unknown:
-        head, embedding = (tensors[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not np.array_equal(head, embedding):
+        head, embedding = (tensors[n].get_slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        rows, width = embedding.get_shape()
+        step = max(1, BLOCK_BYTES // (8 * width))
+        cuts = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+        if head.get_shape() != [rows, width] or not all(np.array_equal(head[cut], embedding[cut]) for cut in cuts):
             raise InputError(f'{folder}: lm_head.weight is not the embedding: set "tie_word_embeddings": false')
         unknown.remove("lm_head.weight")
     if unknown:
@@ -221,6 +311,12 @@ def save_weights(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(config + "\n")  # last: a folder without it is not whole
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raises InputError where save_weights would write over a checkpoint."""
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+        raise InputError(f"{folder} holds a checkpoint already: give a new folder")
 
 
 def _split(sizes: dict[str, int], file_bytes: int) -> dict[str, list[str]]:
