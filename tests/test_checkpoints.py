@@ -129,10 +129,11 @@ def policy(dtype):
     return model, jax.tree.map(lambda x: jnp.asarray(x / 3, dtype), toy.params()), toy.tokenizer()
 
 
+@pytest.mark.parametrize("stored", ["param_dtype", "orbax"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_policy_comes_back_to_the_bit(tmp_path, dtype):
+def test_a_policy_comes_back_to_the_bit(tmp_path, dtype, stored):
     model, params, tokenizer = policy(dtype)
-    checkpoints.save_policy(tmp_path / "policy", model, params, tokenizer, {"made by": "test"})
+    checkpoints.save_policy(tmp_path / "policy", model, params, tokenizer, {"made by": "test"}, stored=stored)
     there, read, read_tokenizer = checkpoints.load_policy(tmp_path / "policy")
     assert there == model and read_tokenizer.fingerprint == tokenizer.fingerprint
     jax.tree.map(
@@ -211,6 +212,20 @@ def test_a_tokenizer_of_another_vocabulary_is_named_with_both_numbers(folder, tm
 def test_a_damaged_policy_is_named(folder, change, message):
     change(folder)
     with pytest.raises(InputError, match=message):
+        checkpoints.load_policy(folder)
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "shape"])
+def test_a_damaged_policy_of_orbax_is_named(tmp_path, how):
+    folder = tmp_path / "policy"
+    checkpoints.save_policy(folder, *policy("float32"), {}, stored="orbax")
+    if how == "shape":
+        content = json.loads((folder / "policy.json").read_text())
+        content["model"]["hidden"] = 48
+        (folder / "policy.json").write_text(json.dumps(content))
+    else:
+        damage(folder, how)
+    with pytest.raises(InputError, match="policy/params cannot be read .*: copy or make the policy again"):
         checkpoints.load_policy(folder)
 
 

@@ -3,6 +3,7 @@
 A checkpoint (Orbax, one folder per step, there as a whole or not at all) holds the parameters, the optimizer state with
 the step, and as JSON what the host needs to go on exactly: the state of the position stream and the dynamic-sampling
 queue. A policy folder holds what sampling needs, in few files that travel well: policy.json, params.npz, the tokenizer.
+In the policy folder of a large model params/ (Orbax) stands for params.npz, of which every device reads its own part.
 """
 
 import contextlib
@@ -113,17 +114,24 @@ def save_policy(
     """Writes a policy folder, whole or not at all; replaces an older policy there, but no folder of another kind.
 
     provenance: anything JSON can hold about how it was made. stored: "param_dtype" keeps every bit, "float16" halves
-    a float32 policy on disk (relative error up to 2^-11; raises InputError for values beyond its range).
+    a float32 policy on disk (relative error up to 2^-11; raises InputError for values beyond its range), "orbax" keeps
+    every bit without another copy in host memory.
     """
     folder = Path(folder)
     check_vocabulary(model, tokenizer, str(folder))
     require_policy_folder(folder)
     stored = model.param_dtype if stored == "param_dtype" else stored
-    arrays = {name: _to_disk(np.asarray(x), stored, name) for name, x in _named(params).items()}
+    arrays = {}
+    if stored != "orbax":
+        arrays = {name: _to_disk(np.asarray(x), stored, name) for name, x in _named(params).items()}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    np.savez_compressed(part / "params.npz", **arrays)
+    if stored == "orbax":
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            checkpointer.save((part / "params").absolute(), params)
+    else:
+        np.savez_compressed(part / "params.npz", **arrays)
     tokenizer.save(part / "tokenizer")
     content = {
         "format": FORMAT,
@@ -202,6 +210,8 @@ def _load_folder(folder, mesh):
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_tokenizer(tokenizer, **content["tokenizer"], where=str(folder / "tokenizer"))
     check_vocabulary(model, tokenizer, str(folder))
+    if content["stored"] == "orbax":
+        return model, _restore_params(folder / "params", _abstract_params(model, mesh)), tokenizer
     return model, _laid_out(_read_arrays(folder / "params.npz", model, content["stored"]), model, mesh), tokenizer
 
 
@@ -210,15 +220,30 @@ def _load_run(folder, mesh):
     model = from_dict(ModelConfig, content.get("model"), f"{folder}/config.json: model")
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_vocabulary(model, tokenizer, str(folder))
-    shapes = _shapes(model)
-    first = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
-    shardings = first if mesh is None else param_shardings(mesh, decoder.logical_axes(model), shapes)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    like = _abstract_params(model, mesh)
     with contextlib.closing(open_checkpoints(folder / "checkpoints", 0, read_only=True)) as manager:
         if manager.latest_step() is None:
             raise InputError(f"{folder} has saved no whole checkpoint yet: run it on, or use its starting policy")
         items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
         return model, _restore(manager, manager.latest_step(), items).params, tokenizer
+
+
+def _restore_params(path, like):
+    try:
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            return checkpointer.restore(path.absolute(), like)
+    except (jax.errors.JaxRuntimeError, MemoryError):  # says nothing of the files
+        raise
+    except Exception as error:  # Orbax raises this very class for a file that is cut short
+        raise InputError(f"{path} cannot be read ({_first_line(error)}): copy or make the policy again") from error
+
+
+def _abstract_params(model, mesh):
+    """Shapes with shardings: on the mesh by decoder.logical_axes, otherwise on the first device."""
+    shapes = _shapes(model)
+    first = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+    shardings = first if mesh is None else param_shardings(mesh, decoder.logical_axes(model), shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _read_arrays(path, model, stored):
