@@ -26,6 +26,7 @@ ORDER = [
     "rpt_jax.compilation",
     "rpt_jax.corpus.tokenizer_files",
     "rpt_jax.corpus.tokenizer",
+    "rpt_jax.corpus.tokenizer_export",
     "rpt_jax.corpus.text_files",
     "rpt_jax.corpus.documents",
     "rpt_jax.corpus.positions",

@@ -20,6 +20,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from rpt_jax.records import InputError
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
+# What may stand beside a tokenizer's own file. It travels with it, so that `rpt convert` can give it back; of these
+# only tokenizer_config.json is read here.
+CONFIG = "tokenizer_config.json"
+COMPANIONS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -60,7 +64,7 @@ def sentencepiece_parts(file: Path) -> Parts:
     _switch_off_normalisation(proto)
     engine = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     end = _end_of_text(config) or (pieces[engine.eos_id()] if engine.eos_id() >= 0 else None)
-    return Parts(file, engine, pieces, contents, spaced, added, end, {"tokenizer.model": raw} | _raw_config(file))
+    return Parts(file, engine, pieces, contents, spaced, added, end, {"tokenizer.model": raw} | _companions(file))
 
 
 def _switch_off_normalisation(proto) -> None:
@@ -93,7 +97,7 @@ def tokenizer_json_parts(file: Path) -> Parts:
     pieces = {i: piece for piece, i in model["vocab"].items()}
     contents = {i: (_byte_level_bytes if byte_level else _spaced_bytes)(piece) for i, piece in pieces.items()}
     added = _added_tokens(file, config, description.get("added_tokens") or ())
-    files = {"tokenizer.json": file.read_bytes()} | _raw_config(file)
+    files = {"tokenizer.json": file.read_bytes()} | _companions(file)
     return Parts(file, engine, pieces, contents, not byte_level, added, _end_of_text(config), files)
 
 
@@ -146,7 +150,7 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
     contents = {i: _byte_level_bytes(piece) for i, piece in pieces.items()}
     end = "<|endoftext|>"  # GPT-2 has it in the vocabulary and lists it nowhere
     added = (((vocab[end], end, True),) if end in vocab else ()) + _added_tokens(vocab_file, config)
-    files = {file.name: file.read_bytes() for file in (vocab_file, merges_file)} | _raw_config(vocab_file)
+    files = {file.name: file.read_bytes() for file in (vocab_file, merges_file)} | _companions(vocab_file)
     return Parts(vocab_file, engine, pieces, contents, False, added, _end_of_text(config), files)
 
 
@@ -167,13 +171,12 @@ def is_byte_level(description: dict) -> bool:
 
 
 def _config_beside(file: Path) -> dict:
-    beside = file.with_name("tokenizer_config.json")
+    beside = file.with_name(CONFIG)
     return read_json(beside) if beside.is_file() else {}
 
 
-def _raw_config(file: Path) -> dict[str, bytes]:
-    beside = file.with_name("tokenizer_config.json")
-    return {beside.name: beside.read_bytes()} if beside.is_file() else {}
+def _companions(file: Path) -> dict[str, bytes]:
+    return {name: file.with_name(name).read_bytes() for name in COMPANIONS if file.with_name(name).is_file()}
 
 
 def _end_of_text(config: dict) -> str | None:
