@@ -19,7 +19,12 @@ COMMANDS = (
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
     ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
+    ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
+)
+CONVERSIONS = (
+    ("hf-to-orbax", "MODEL OUTPUT", "a folder or repository of published weights -> a policy"),
+    ("orbax-to-hf", "POLICY OUTPUT", "a policy or run -> weights and tokenizer that transformers opens"),
 )
 BENCHES = (
     ("kernel", "", "speed and memory of the log-prob kernel, here or on a simulated TPU"),
@@ -103,6 +108,8 @@ def run(command: str, words: list[str]) -> dict:
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
         return figures
+    if command == "convert":
+        return run_convert(given, words)
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
@@ -136,11 +143,37 @@ def run_bench(what: str, words: list[str]) -> dict:
     )
 
 
+def run_convert(how: str, words: list[str]) -> dict:
+    """Reads the settings of a conversion and runs it; returns its figures."""
+    if not how and {"-h", "--help"} & set(words):
+        usage = "usage: rpt convert HOW FROM TO [options]; `rpt convert HOW --help` lists its settings.\n"
+        print("\n".join([usage, *_lines(CONVERSIONS, len("orbax-to-hf POLICY OUTPUT"))]))
+        raise SystemExit(0)
+    from rpt_jax.records import InputError
+
+    if how not in [name for name, _, _ in CONVERSIONS]:
+        raise InputError(
+            f"convert: {how or 'nothing'} is no conversion: use `rpt convert hf-to-orbax MODEL OUTPUT` or "
+            "`rpt convert orbax-to-hf POLICY OUTPUT`"
+        )
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # needs no accelerator, nor the other hosts of one
+    from rpt_jax import convert
+
+    places = [words.pop(0) for _ in range(2) if words and not words[0].startswith("-")]
+    source, output = [*places, "", ""][:2]
+    if how == "hf-to-orbax":
+        return convert.from_published(source, output, parse("convert hf-to-orbax", convert.FromPublished(), words))
+    return convert.to_published(source, output, parse("convert orbax-to-hf", convert.ToPublished(), words))
+
+
 def parse(command: str, default, words: list[str]):
     """The dataclass of `default` with what the flags change; --help lists all of them, in groups."""
     import tyro
 
-    rows = [*COMMANDS, *((f"bench {name}", takes, does) for name, takes, does in BENCHES)]
+    kinds = {"bench": BENCHES, "convert": CONVERSIONS}
+    rows = [*COMMANDS, *((f"{kind} {name}", takes, does) for kind in kinds for name, takes, does in kinds[kind])]
     _, takes, does = next(row for row in rows if row[0] == command)
     text = f"{does[0].upper()}{does[1:]}.\n\n{type(default).__doc__}"
     if takes:

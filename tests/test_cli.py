@@ -1,5 +1,5 @@
 """Claims: help comes at once and in order; bad input ends with status 2, one message and no traceback; a figure that is
-not finite ends with 1; from text to an evaluated policy by commands alone."""
+not finite ends with 1; from text to an evaluated policy, and out to other programs, by commands alone."""
 
 import json
 import subprocess
@@ -22,9 +22,8 @@ def test_the_overview_is_one_screen_in_order(capsys):
     status, output, _ = run(capsys, "--help")
     assert status == 0 and len(output.splitlines()) <= 24
     assert max(map(len, output.splitlines())) <= 100
-    places = [
-        output.index(f"\n  {name}") for name in ("quickstart", "pretrain", "annotate", "train", "evaluate", "bench")
-    ]
+    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "plan", "convert", "bench")
+    places = [output.index(f"\n  {name}") for name in names]
     assert places == sorted(places)
 
 
@@ -42,23 +41,26 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-COMMANDS = [name for name, _, _ in cli.COMMANDS if name != "bench"] + [f"bench {name}" for name, _, _ in cli.BENCHES]
+COMMANDS = [(name, "--seed INT") for name, _, _ in cli.COMMANDS if name not in ("plan", "convert", "bench")]
+COMMANDS += [("plan", "--topology STR")] + [(f"bench {name}", "--seed INT") for name, _, _ in cli.BENCHES]
+COMMANDS += [(f"convert {name}", "--dtype {stored") for name, _, _ in cli.CONVERSIONS]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_lists_its_settings(capsys, command):
+@pytest.mark.parametrize(("command", "setting"), COMMANDS)
+def test_every_command_lists_its_settings(capsys, command, setting):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split(), "--help"])
     output = capsys.readouterr().out
-    setting = "--topology STR" if command == "plan" else "--seed INT"
     assert ended.value.code == 0 and f"usage: rpt {command}" in output and setting in output
 
 
-def test_bench_lists_what_it_measures(capsys):
+@pytest.mark.parametrize("command", ["bench", "convert"])
+def test_commands_with_commands_of_their_own_list_them(capsys, command):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "--help"])
+        cli.main([command, "--help"])
     output = capsys.readouterr().out
-    assert ended.value.code == 0 and all(f"\n  {name} " in output for name in ("kernel", "step", "compare"))
+    names = [name for name, _, _ in (cli.BENCHES if command == "bench" else cli.CONVERSIONS)]
+    assert ended.value.code == 0 and all(f"\n  {name} " in output for name in names)
 
 
 def test_bad_input_through_the_real_command(tmp_path):
@@ -152,10 +154,12 @@ def test_from_text_to_an_evaluated_policy(capsys, tmp_path, text):
     assert [filtered[part]["documents"] for part in ("train", "holdout")] == [48, 16]
     assert [filtered[part]["hard"] for part in ("train", "holdout")] == [48, 16]
 
+    figures("convert", "orbax-to-hf", tmp_path / "base", tmp_path / "published", "--context", "64")
+    figures("convert", "hf-to-orbax", tmp_path / "published", tmp_path / "start")
     (tmp_path / "x.py").write_text(
         "from rpt_jax.config import *\n"
         "def config():\n"
-        f"    return Config(policy={str(tmp_path / 'base')!r}, steps=2, batch_size=8, rollouts_logged=1,\n"
+        f"    return Config(policy={str(tmp_path / 'start')!r}, steps=2, batch_size=8, rollouts_logged=1,\n"
         "        prompt=PromptConfig('bare', max_tokens=32, truth_bytes=8),\n"
         "        sample=SampleConfig(group_size=2, max_tokens=8), evaluate=EvaluateConfig(every=0, batch_size=16))\n"
     )
@@ -168,6 +172,9 @@ def test_from_text_to_an_evaluated_policy(capsys, tmp_path, text):
     assert {"argmax", "reasoning", "pass_at_k", "format_rate", "positions", "standard_error"} <= evaluated[
         "hard"
     ].keys()
+
+    exported = figures("convert", "orbax-to-hf", tmp_path / "run", tmp_path / "trained", "--dtype", "bfloat16")
+    assert (exported["parameters"], exported["dtype"], exported["context"]) == (made["parameters"], "bfloat16", 64)
 
     status, output, _ = run(capsys, "evaluate", tmp_path / "base", "--evaluate.annotated", tmp_path / "none")
     assert status == 2 and output == ""

@@ -72,6 +72,7 @@ ORDER = [
     "rpt_jax.study.base",
     "rpt_jax.study.quickstart_results",
     "rpt_jax.study.quickstart",
+    "rpt_jax.convert",
     "rpt_jax.commands",
     "rpt_jax.cli",
 ]
