@@ -1,6 +1,7 @@
 """`rpt plan`: compiled for slices that are not there; FLOPs, bytes and seconds against numbers by hand."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, 
 from rpt_jax.records import InputError
 from rpt_jax.study import plan
 
+LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 SMALL = plan.PlanRun(
     topology="v5e:2x2",
     batch_size=4,
@@ -45,6 +47,7 @@ QWEN = dataclasses.replace(  # 1.5B, a response limit of 4,096 tokens
 )
 
 
+@LIBTPU
 def test_a_small_model_is_planned(tmp_path, capsys):
     """Every phase compiles, with more devices than kv heads; the parts of the memory add up."""
     experiment = tmp_path / "small.py"
@@ -67,6 +70,7 @@ def test_a_small_model_is_planned(tmp_path, capsys):
     assert phases["decode"]["cache_gib"] * plan.GIB == cached
 
 
+@LIBTPU
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
 def test_decode_of_a_1_5b_model_copies_no_cache(topology):
     """Temporaries are below a tenth of it."""
@@ -122,6 +126,7 @@ def test_what_does_not_fit_is_named_with_a_remedy():
     assert "batch_size" not in said
 
 
+@LIBTPU
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x1", "v5e"])
 def test_unknown_slices_are_named(topology, capsys):
     assert cli.main(["plan", "--topology", topology]) == 2
