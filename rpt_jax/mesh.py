@@ -5,8 +5,10 @@ In: MeshConfig, trees of logical axis names (decoder.logical_axes), host arrays.
 with many, every process calls the same functions in the same order. The paper (arXiv 2506.08007) says nothing of it.
 """
 
+import hashlib
 import logging
 import os
+import socket
 from collections.abc import Mapping
 
 import jax
@@ -232,6 +234,25 @@ def start_distributed(config: MeshConfig) -> None:
         return
     jax.distributed.initialize(**settings)
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """Raises InputError, in all processes alike, where one of them has other facts than process 0; names its host.
+
+    facts: what all must have in common, by what it is called; the same names everywhere. A collective.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in facts.values()]
+    host = socket.gethostname().encode()[:64].ljust(64)
+    every = multihost_utils.process_allgather(np.frombuffer(b"".join([host, *digests]), np.uint8))
+    hosts_P, facts_PF8 = every[:, :64], every[:, 64:].reshape(len(every), len(facts), 8)
+    for process, fact in np.argwhere((facts_PF8 != facts_PF8[0]).any(axis=2)):
+        name = hosts_P[process].tobytes().decode().strip()
+        raise InputError(
+            f"process {process} on host {name!r} has another {list(facts)[fact]} than process 0: give all hosts the "
+            "same code, settings and files, then start again"
+        )
 
 
 def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platforms: str) -> dict | None:

@@ -44,7 +44,7 @@ from rpt_jax.learning.update import (
     response_logprobs,
     train_step,
 )
-from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place
+from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place, require_agreement
 from rpt_jax.policy import decoder, flops
 from rpt_jax.policy.proxy import fingerprint
 from rpt_jax.records import InputError, Params
@@ -138,6 +138,7 @@ def train(
     check(source, annotated, positions)
     params = _on_mesh(params, param_shardings(mesh, decoder.logical_axes(model), params))
     identity = _identity(source, params, positions)
+    require_agreement(_facts(config, identity))
     folder = Path(config.run_folder)
     start = checkpoints.newest_step(folder / "checkpoints")
     if start is not None:
@@ -335,6 +336,18 @@ def _identity(source: Source, params: Params, positions: Positions) -> dict:
         "tokenizer": source.tokenizer.fingerprint,
         "set_of_positions": digest.hexdigest(),
         "template": [source.template.before, source.template.after],
+    }
+
+
+def _facts(config: Config, identity: dict) -> dict[str, str]:
+    """What all hosts have in common."""
+    code = run_folder.provenance()
+    settings = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, process=-1))
+    return {
+        "set of settings": repr(settings),
+        "version of rpt_jax or its packages": repr((code["commit"], code["changed_since_commit"], code["versions"])),
+        "number of devices": str(jax.local_device_count()),
+        **{name.replace("_", " "): repr(value) for name, value in identity.items()},
     }
 
 
