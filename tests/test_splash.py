@@ -72,3 +72,22 @@ def test_over_a_mesh_the_same(kv_heads):
         got = jax.jit(lambda laid_out, given: with_gradients(laid_out, *given, "interpret"))(*placed)
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_bfloat16_is_as_near_as_the_blocks_are():
+    laid_out = a_stream()
+    given = [a.astype(jnp.bfloat16) for a in arrays(laid_out)]
+    exact = with_gradients(laid_out, *(a.astype(jnp.float32) for a in given), "xla")
+    for way in ("interpret", "xla"):
+        for got, expected in zip(with_gradients(laid_out, *given, way), exact, strict=True):
+            apart = jnp.linalg.norm(got.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+            assert apart < 1e-2, way
+
+
+def test_streams_that_the_kernel_cannot_take_are_refused():
+    """Those with padding stand at the left of their rows: its mask would be wrong."""
+    prompts, responses = np.zeros((1, 128), int), np.zeros((1, 2, 129), int)
+    padded = stream.padded(prompts, np.array([128]), responses, np.array([[129, 129]]))
+    q, k, v, _ = arrays(padded)
+    with pytest.raises(ValueError, match="'interpret' wants blocks of a packed stream .* use 'xla' or 'auto'"):
+        attend_in_blocks(q, k, v, padded, "interpret")

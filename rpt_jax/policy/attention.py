@@ -4,6 +4,7 @@ In: rotated queries, keys, values. Out: what each query has gathered. Which keys
 those with 0 <= place of the key <= its own place in the sequence; padding has -1. Scores and softmax are float32.
 """
 
+import logging
 from functools import partial
 from typing import Literal
 
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from rpt_jax.policy import splash
-from rpt_jax.policy.stream import Block, Stream
+from rpt_jax.policy.stream import LANES, Block, Stream
 from rpt_jax.records import Array
+
+log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "xla", "splash", "interpret"]
 SCORES_AT_ONCE = {"cpu": 1 << 19}  # float32 scores of a stream's attention: what fits into a CPU's cache
@@ -62,8 +65,8 @@ def attend_in_blocks(
     """Exact softmax attention within a stream, [U, T, H, C]; scores and softmax are float32.
 
     A few blocks at a time, and again in the backward pass. "xla" keeps scores in the cache of a CPU; "splash" is
-    JAX's kernel for TPUs, "interpret" the same anywhere, slowly. "auto" is splash on TPUs where its rows are whole
-    lanes (splash.takes), and xla otherwise.
+    JAX's kernel for TPUs, "interpret" the same anywhere, slowly; both raise ValueError for a stream that they cannot
+    take (splash.takes). "auto" is splash on TPUs where it can, xla otherwise, and logged when compiled.
     """
     outs = [_attend_of(implementation, block, q_UTHC, k_UTKC, v_UTKC, stream.positions_UT) for block in stream.blocks]
     U, _, H, C = q_UTHC.shape
@@ -78,6 +81,12 @@ def _attend_of(
     backend = "tpu" if pltpu.is_tpu_device() else jax.default_backend()  # that of jax.set_mesh, when compiling for it
     if implementation == "auto":
         implementation = "splash" if backend == "tpu" and splash.takes(block, C) else "xla"
+        log.info("attention of blocks of %d queries and %d keys: implementation %r", Q, S, implementation)
+    elif implementation != "xla" and not splash.takes(block, C):
+        raise ValueError(
+            f"attention: implementation={implementation!r} wants blocks of a packed stream with queries, keys and "
+            f"channels in multiples of {LANES}, not {Q}, {S} and {C} (aligned: {block.aligned}): use 'xla' or 'auto'"
+        )
     if implementation == "xla":
         at_once = max(1, SCORES_AT_ONCE.get(backend, ELSEWHERE) // (U * H * Q * S))
         gather = _softmax_attention

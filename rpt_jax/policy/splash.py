@@ -73,9 +73,10 @@ def _on_one_device(q_UBQHC, k_UBSKC, v_UBSKC, keys_UBS, interpret):
     )
 
     def of_block(q_QHC, k_SKC, v_SKC, keys_S):
-        # Empty queries see what their neighbours see, so that no row is without a key.
+        # An empty query may see no key: masked scores are finite in the kernel, so it gathers a mean that nobody reads.
         segments = splash.SegmentIds(q=jnp.ones(Q, jnp.int32), kv=(keys_S >= 0).astype(jnp.int32))
-        q_HQC, k_KSC, v_KSC = (a.swapaxes(0, 1) for a in (q_QHC * jnp.asarray(C**-0.5, q_QHC.dtype), k_SKC, v_SKC))
+        scaled_QHC = (q_QHC.astype(jnp.float32) * C**-0.5).astype(q_QHC.dtype)
+        q_HQC, k_KSC, v_KSC = (a.swapaxes(0, 1) for a in (scaled_QHC, k_SKC, v_SKC))
         return kernel(q_HQC, k_KSC, v_KSC, segment_ids=segments).swapaxes(0, 1)
 
     return jax.vmap(jax.vmap(of_block))(q_UBQHC, k_UBSKC, v_UBSKC, keys_UBS).astype(q_UBQHC.dtype)
