@@ -158,7 +158,7 @@ def laid_out(array, *axes: str | None):
         return array
     entries = []
     for axis, size in zip(axes, array.shape, strict=False):
-        over = tuple(each for each in RULES.get(axis, ()) if each in mesh.shape)
+        over = tuple(each for each in RULES[axis] if each in mesh.shape) if axis else ()
         entries.append(over if over and size % _parts(over, mesh) == 0 else None)
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*entries))
 

@@ -204,12 +204,15 @@ def test_positions_of_one_document_give_the_rollouts_of_prompts_alone():
             assert_same(part(together, slice(n, n + 1)), alone)
 
 
-def test_slots_over_eight_devices_give_the_rollouts_of_one():
-    """Four units of one prompt each, refilled with a slot or two for its three rollouts."""
-    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+def test_refilled_slots_on_a_mesh_give_the_rollouts_of_one_device(monkeypatch):
+    """Two units with slots for one of their two prompts; two devices each share a unit and cache its one kv head."""
+    refills, refill = [], sampler.refill
+    monkeypatch.setattr(sampler, "refill", lambda *arguments: refills.append(1) or refill(*arguments))
+    mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     shardings = meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy())
     placed = meshes.place(policy(), shardings)
-    assert_same(sample(sampling=replace(SAMPLING, slots=8, tokens_per_call=3), params=placed), rollouts())
+    assert_same(sample(sampling=replace(SAMPLING, slots=6, tokens_per_call=2), params=placed), rollouts())
+    assert refills
 
 
 def test_sampling_reads_a_copy_that_is_whole_over_fsdp():

@@ -2,7 +2,8 @@
 
 In: prefilled prompts and who sits where (slots.py). Out: DecodeState. A cache is a ring: all slots write their next
 token to the same column, and the tokens of a slot are those of the newest columns, however long ago the ring began. So
-a slot is refilled by forgetting what it holds; nothing moves as long as slots and columns stay as many.
+a slot is refilled by forgetting what it holds; no cache moves as long as slots and columns stay as many. (Prompts are
+copied to their rows anew at every change of seats.)
 """
 
 from functools import partial

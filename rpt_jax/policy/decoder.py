@@ -222,6 +222,11 @@ def logical_axes(config: ModelConfig) -> Params:
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
+def sampling_dtype(path: tuple, x: Array, config: ModelConfig):
+    """In which a parameter is kept for sampling: that of the computation, and norm scales as they are."""
+    return x.dtype if path[-1].key == "scale" else jnp.dtype(config.dtype)
+
+
 def gathered(params: Params, config: ModelConfig) -> Params:
     """Parameters for sampling, which reads every matrix for every token: in config.dtype, and whole over fsdp.
 
@@ -230,7 +235,7 @@ def gathered(params: Params, config: ModelConfig) -> Params:
     """
 
     def one(path, x):
-        x = x if path[-1].key == "scale" else x.astype(config.dtype)
+        x = x.astype(sampling_dtype(path, x, config))
         where = whole_over_fsdp(x.sharding)
         return x if where == x.sharding else jax.device_put(x, where)
 

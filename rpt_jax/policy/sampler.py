@@ -21,6 +21,7 @@ from rpt_jax.mesh import (
     batch_parts,
     batch_sharding,
     check_batch_divides,
+    laid_out,
     mesh_of,
     place,
     to_host,
@@ -29,7 +30,7 @@ from rpt_jax.policy import decoder
 from rpt_jax.policy.caches import DecodeState, Moves, Prefilled, at, begin, in_place, move, refill
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.draw import draw
-from rpt_jax.policy.slots import Seating, first_seating, next_seating, worth_a_look
+from rpt_jax.policy.slots import Look, Seating, first_seating, next_seating, worth_a_look
 from rpt_jax.policy.stream import Stream, packed_prompts
 from rpt_jax.records import Array, Params, Prompts, Rollouts
 
@@ -84,14 +85,15 @@ def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, units, sp
         if seating is not before or needed > state.cache.positions_BS.shape[1]:
             moves = _moves(before, seating, written, paths_UNT, lengths_UN, G)
             given = prefilled, keys_UY, spread(moves), seating.width
+            columns = next(size for size in cache_sizes(sampling) if size >= needed)
             if state is None:
-                state = begin(*given, _columns(needed, sampling))
+                state = begin(*given, columns)
             elif needed <= state.cache.positions_BS.shape[1] and in_place(before, moves):
                 state = refill(*given, state.cache, state.hidden_BD, state.column)
             else:
-                state = move(*given, state.cache, state.hidden_BD, _columns(needed, sampling))
-        enough = worth_a_look(seating, waiting, first)
-        state, steps, *drawn = decode(params, model, sampling, end_ids, state, enough)
+                state = move(*given, state.cache, state.hidden_BD, columns)
+        look = worth_a_look(seating, waiting, first)
+        state, steps, *drawn = decode(params, model, sampling, end_ids, state, look)
         written.note(seating, int(steps), *to_host(drawn))
         before = seating
         seating, waiting = next_seating(seating, written.alive(seating), waiting, G, first)
@@ -170,12 +172,12 @@ def _moves(before: Seating | None, seating: Seating, written: _Written, paths_UN
     )
 
 
-def _columns(needed: int, sampling: SampleConfig) -> int:
-    """A size of the cache that holds `needed` columns: one of few."""
-    columns = FIRST_CACHE
-    while columns < needed:
-        columns *= 2
-    return min(columns, sampling.max_tokens)
+def cache_sizes(sampling: SampleConfig) -> list[int]:
+    """Columns that a cache may have, ascending: few, since each is compiled."""
+    sizes = [FIRST_CACHE]
+    while sizes[-1] < sampling.max_tokens:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], sampling.max_tokens]
 
 
 @partial(jax.jit, static_argnums=2)
@@ -194,7 +196,8 @@ def rollout_keys(key: Array, ids_UN2: Array, group_size: int) -> Array:
 def prefill(params: Params, model: ModelConfig, stream: Stream, lasts_UN: Array) -> Prefilled:
     """Keys and values of the prompts' stream and, of each prompt, the hidden state after its last token."""
     with jax.named_scope("prefill"):
-        hidden_UTD, (k_LUTKC, v_LUTKC) = decoder.prefill_stream(params, model, stream)
+        hidden_UTD, kv = decoder.prefill_stream(params, model, stream)
+    k_LUTKC, v_LUTKC = (laid_out(a, "layers", "batch", None, "kv_heads") for a in kv)
     return Prefilled(k_LUTKC, v_LUTKC, jax.vmap(at)(hidden_UTD, lasts_UN))
 
 
@@ -205,11 +208,11 @@ def decode(
     sampling: SampleConfig,
     end_ids: tuple[int, ...],
     state: DecodeState,
-    enough: Array | int,
+    look: Look,
 ) -> tuple[DecodeState, Array, Array, Array, Array]:
     """(state, steps made, tokens_XB, logprobs_XB, counts_B): up to X more tokens for every slot.
 
-    X is `sampling.tokens_per_call`; fewer if no more than `enough` are alive or the cache is full, but one at least. Of
+    X is `sampling.tokens_per_call`; fewer if `look` says so or the cache is full, but one at least. Of
     a slot's column the first counts_B are its own.
     """
     X, B, columns = sampling.tokens_per_call, *state.cache.positions_BS.shape
@@ -217,7 +220,9 @@ def decode(
     def goes_on(carry):
         index, state, *_ = carry
         room = jnp.max(jnp.where(state.alive_B, state.made_B, 0)) < columns
-        return (index == 0) | ((index < X) & room & (jnp.sum(state.alive_B) > enough))
+        alive_U = jnp.sum(state.alive_B.reshape(len(look.refill_U), -1), axis=1)
+        enough = jnp.any(alive_U <= look.refill_U) | (jnp.max(alive_U) <= look.shrink)
+        return (index == 0) | ((index < X) & room & ~enough)
 
     def one_token(carry):
         index, state, tokens_XB, logprobs_XB, counts_B = carry

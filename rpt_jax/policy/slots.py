@@ -10,6 +10,7 @@ numbers (the first one, its half, quarter and eighth), since each is compiled.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,13 @@ class Seating:
     def prompts(self, group: int) -> np.ndarray:
         """[U, S / width], the prompt of each row; 0 for an empty one."""
         return np.maximum(self.rollouts_US.reshape(len(self.rollouts_US), -1, self.width).max(axis=2), 0) // group
+
+
+class Look(NamedTuple):
+    """Numbers of living rollouts at which the seating can become better."""
+
+    refill_U: np.ndarray  # of one unit, for the slots that become free there; -1: none waits for them
+    shrink: np.integer  # of the unit with the most, for fewer slots everywhere
 
 
 def first_seating(prompts: int, group: int, units: int, slots: int) -> tuple[Seating, list[list[int]]]:
@@ -63,12 +71,14 @@ def next_seating(
     return _singles(living, fewest), list(waiting)
 
 
-def worth_a_look(now: Seating, waiting: Sequence[list[int]], first: int) -> int:
-    """The number of living rollouts, of all units, at which next_seating has something to gain."""
-    units, slots = now.rollouts_US.shape
+def worth_a_look(now: Seating, waiting: Sequence[list[int]], first: int) -> Look:
+    """How few may live before next_seating has something to gain."""
+    slots = now.rollouts_US.shape[1]
     if any(waiting):
-        return units * (slots - _refill(slots))
-    return units * max((size for size in _steps(first) if size < slots), default=0)
+        refill_U = [slots - min(_refill(slots), len(there)) if there else -1 for there in waiting]
+        return Look(np.array(refill_U, np.int32), np.int32(0))
+    smaller = max((size for size in _steps(first) if size < slots), default=0)
+    return Look(np.full(len(waiting), -1, np.int32), np.int32(smaller))
 
 
 def _refill(slots: int) -> int:
