@@ -165,9 +165,7 @@ class UpdateConfig:
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     kl_coefficient: float = 0.0  # to the starting policy, k3 estimator (paper: 0)
     entropy_coefficient: float = 0.0  # bonus (paper: 0)
-    microbatches: int = (
-        1  # gradient accumulation, parts of like many tokens; groups are split where prompts do not divide
-    )
+    microbatches: int = 1  # gradient accumulation, parts of like many tokens; a few prompts: parts of groups
     check_shared_prefix: Literal["never", "first_step", "every_shape"] = "first_step"  # against whole sequences, a few
     token_chunk: int = 0  # tokens whose logits exist at one time where no Pallas kernel runs; 0: by the backend
 
@@ -256,16 +254,16 @@ class Config:
         parts_of_groups(self.batch_size, self.sample.group_size, self.update.microbatches)
 
 
-def parts_of_groups(prompts: int, group: int, bins: int, what: str = "update.microbatches") -> int:
+def parts_of_groups(prompts: int, group: int, bins: int, what: str = "update.microbatches=") -> int:
     """Into how many parts each group is split, so that prompts and their parts divide into `bins`; 1 if they do anyway.
 
-    Raises InputError where no part of a group does it.
+    what: `bins` in words, behind which the number is put. Raises InputError where no part of a group does it.
     """
     parts = bins // math.gcd(prompts, bins)
     if group % parts:
         raise InputError(
-            f"batch_size={prompts} prompts with groups of {group} do not divide into {what}={bins}: "
-            f"use a number that divides {prompts * group}"
+            f"{prompts} prompts with groups of {group} do not divide into {what}{bins}: "
+            f"choose so that it divides {prompts * group}"
         )
     return parts
 

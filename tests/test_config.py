@@ -69,8 +69,8 @@ def test_broken_file_is_named_with_its_line(tmp_path):
     ("change", "message"),
     [
         ({"sample.group_size": 1}, "group_size=1: .* advantage 0 always; use 2 or more"),
-        ({"batch_size": 30, "update.microbatches": 7}, "batch_size=30 .*microbatches=7: use a number that divides 240"),
-        ({"batch_size": 3, "update.microbatches": 16}, "batch_size=3 .*microbatches=16: use a number that divides 24"),
+        ({"batch_size": 30, "update.microbatches": 7}, "30 prompts .*microbatches=7: choose so that it divides 240"),
+        ({"batch_size": 3, "update.microbatches": 16}, "3 prompts .*microbatches=16: choose so that it divides 24"),
         ({"update.microbatches": 0}, "update.microbatches=0: use 1 or more"),
         ({"batch_size": 0}, "batch_size=0, .* use 1 or more"),
         (
@@ -121,5 +121,5 @@ def test_experiment_without_a_config_is_refused(tmp_path, body):
 def test_groups_are_split_no_more_than_needed():
     """16 prompts are 8 parts as they are; 12 of them are halved, and 1 prompt of 8 rollouts makes 4 pairs."""
     assert [configs.parts_of_groups(*sizes) for sizes in ((16, 8, 8), (12, 8, 8), (1, 8, 4), (6, 8, 3))] == [1, 2, 4, 1]
-    with pytest.raises(InputError, match="use a number that divides 24"):
+    with pytest.raises(InputError, match="choose so that it divides 24"):
         configs.parts_of_groups(3, 8, 5)

@@ -54,6 +54,7 @@ ORDER = [
     "rpt_jax.learning.preemption",
     "rpt_jax.learning.pretrain",
     "rpt_jax.learning.collect",
+    "rpt_jax.learning.identity",
     "rpt_jax.learning.progress",
     "rpt_jax.learning.train",
     "rpt_jax.study.evaluate",

@@ -313,7 +313,7 @@ def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
     config = settings(tmp_path / "run")
     config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=16))
     with pytest.raises(
-        InputError, match="update.microbatches=16 on 8 devices, together=128: use a number that divides"
+        InputError, match="microbatches=16 on each of 8 devices, which together is 128: choose so that it divides 64"
     ):
         run(config, mesh_of(8, 1, 1))
 

@@ -8,7 +8,6 @@ random keys are functions of seed, step and position.
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import signal
 import time
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax import compilation
@@ -32,7 +30,7 @@ from rpt_jax.corpus.positions import (
 )
 from rpt_jax.corpus.prompts import Template, assemble, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.learning import checkpoints, preemption, progress, run_folder
+from rpt_jax.learning import checkpoints, identity, preemption, progress, run_folder
 from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.batch import maybe_check, pack
 from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
@@ -46,7 +44,6 @@ from rpt_jax.learning.update import (
 )
 from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place, require_agreement
 from rpt_jax.policy import decoder, flops
-from rpt_jax.policy.proxy import fingerprint
 from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
@@ -137,15 +134,15 @@ def train(
     source = Source(config, model, tokenizer, template, annotated.documents, ends, mesh)
     check(source, annotated, positions)
     params = _on_mesh(params, param_shardings(mesh, decoder.logical_axes(model), params))
-    identity = _identity(source, params, positions)
-    require_agreement(_facts(config, identity))
+    found = identity.of_inputs(source, params, positions)
+    require_agreement(identity.of_host(config, found))
     folder = Path(config.run_folder)
     start = checkpoints.newest_step(folder / "checkpoints")
     if start is not None:
-        run_folder.require_same_run(config, identity, start)
+        run_folder.require_same_run(config, found, start)
     with (
         jax.set_mesh(mesh),  # by which the scorer's kernel splits its work
-        run_folder.open_run(config, tokenizer, start, identity) as record,
+        run_folder.open_run(config, tokenizer, start, found) as record,
         contextlib.closing(checkpoints.open_checkpoints(folder / "checkpoints", config.checkpoint.keep)) as manager,
         preemption.watch() as told,
         progress.display(config.name, start or 0, config.steps, report) as show,
@@ -266,6 +263,7 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
     )
     row = {name: value.item() for name, value in jax.device_get(metrics).items()}
     require_finite(row, step + 1)
+    row["prompt_tokens"] = int(groups.prompts.lengths_N.sum())  # a prompt whose group is split counts once
     return state, row | {"seconds_update": time.perf_counter() - began, "programs_compiled": compilation.programs()}
 
 
@@ -322,33 +320,8 @@ def check_divides(config: Config, mesh: Mesh) -> None:
     config.check()
     check_batch_divides(config.batch_size, mesh)
     units, microbatches = batch_parts(mesh), config.update.microbatches
-    what = f"update.microbatches={microbatches} on {units} devices, together"
+    what = f"update.microbatches={microbatches} on each of {units} devices, which together is "
     parts_of_groups(config.batch_size, config.sample.group_size, units * microbatches, what)
-
-
-def _identity(source: Source, params: Params, positions: Positions) -> dict:
-    """What a continued run has to share with the one it continues, beyond the settings."""
-    digest = hashlib.blake2b(digest_size=8)
-    for column in (positions.documents, positions.indices):
-        digest.update(np.ascontiguousarray(column).tobytes())
-    return {
-        "starting_policy": fingerprint(params),
-        "tokenizer": source.tokenizer.fingerprint,
-        "set_of_positions": digest.hexdigest(),
-        "template": [source.template.before, source.template.after],
-    }
-
-
-def _facts(config: Config, identity: dict) -> dict[str, str]:
-    """What all hosts have in common."""
-    code = run_folder.provenance()
-    settings = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, process=-1))
-    return {
-        "set of settings": repr(settings),
-        "version of rpt_jax or its packages": repr((code["commit"], code["changed_since_commit"], code["versions"])),
-        "number of devices": str(jax.local_device_count()),
-        **{name.replace("_", " "): repr(value) for name, value in identity.items()},
-    }
 
 
 def _on_mesh(params: Params, shardings: Params) -> Params:

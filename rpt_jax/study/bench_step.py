@@ -73,7 +73,7 @@ class StepBench:
             raise InputError(
                 f"bench: workload.prompts={prompts}, {what}: use 1 or more of each, and devices that divide the prompts"
             )
-        parts_of_groups(prompts, self.workload.group, self.devices * self.microbatches, what)
+        parts_of_groups(prompts, self.workload.group, self.devices * self.microbatches, f"{what} = ")
         rollouts, group = prompts * self.workload.group, self.workload.group
         if self.slots < 0 or not (self.refill or self.slots and rollouts % self.slots == self.slots % group == 0):
             raise InputError(

@@ -1,0 +1,42 @@
+"""What makes a run the same run: on all of its hosts, and when it is continued.
+
+In: what the loop was given. Out: facts to compare, for run_folder.require_same_run and mesh.require_agreement.
+"""
+
+import dataclasses
+import hashlib
+
+import jax
+import numpy as np
+
+from rpt_jax.config import Config
+from rpt_jax.corpus.positions import Positions
+from rpt_jax.learning import run_folder
+from rpt_jax.learning.collect import Source
+from rpt_jax.policy.proxy import fingerprint
+from rpt_jax.records import Params
+
+
+def of_inputs(source: Source, params: Params, positions: Positions) -> dict:
+    """What a continued run has to share with the one it continues, beyond the settings."""
+    digest = hashlib.blake2b(digest_size=8)
+    for column in (positions.documents, positions.indices):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return {
+        "starting_policy": fingerprint(params),
+        "tokenizer": source.tokenizer.fingerprint,
+        "set_of_positions": digest.hexdigest(),
+        "template": [source.template.before, source.template.after],
+    }
+
+
+def of_host(config: Config, inputs: dict) -> dict[str, str]:
+    """What all hosts have in common; `inputs` from of_inputs. For mesh.require_agreement."""
+    code = run_folder.provenance()
+    settings = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, process=-1))
+    return {
+        "set of settings": repr(settings),
+        "version of rpt_jax or its packages": repr((code["commit"], code["changed_since_commit"], code["versions"])),
+        "number of devices": str(jax.local_device_count()),
+        **{name.replace("_", " "): repr(value) for name, value in inputs.items()},
+    }
