@@ -6,6 +6,7 @@ peaks, which no run reaches. Every prompt and response is taken as long as it ma
 long responses are on average; memory is always that of the longest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from rpt_jax.config import Config, MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig, parts_of_groups
 from rpt_jax.policy import flops
+from rpt_jax.policy.slots import first_seating
 from rpt_jax.records import InputError
 
 log = logging.getLogger(__name__)
@@ -67,12 +69,25 @@ def plan(config: PlanRun) -> dict:
     devices = _devices(config.topology)
     Config(batch_size=config.batch_size, model=config.model, sample=config.sample, update=config.update).check()
     meshes = candidates(config, len(devices)) if config.choose_mesh else [config.mesh]
-    for mesh in meshes:
-        last = mesh is meshes[-1]
-        figures = _planned(dataclasses.replace(config, mesh=mesh), chip, devices, whole=last)
-        if figures["fits"]:
-            break
+    with _without_cache():
+        for mesh in meshes:
+            figures = _planned(dataclasses.replace(config, mesh=mesh), chip, devices, whole=mesh is meshes[-1])
+            if figures["fits"]:
+                break
     return figures
+
+
+@contextlib.contextmanager
+def _without_cache():
+    """JAX's persistent cache off: a program for an absent chip cannot be read back."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def shown(figures: dict) -> str:
@@ -112,8 +127,6 @@ def _devices(topology: str) -> list:
     import jax
     from jax.experimental import topologies
 
-    jax.config.update("jax_enable_compilation_cache", False)  # no program for an absent chip can be read back
-
     more = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
@@ -124,13 +137,13 @@ def _devices(topology: str) -> list:
 
 
 def candidates(config: PlanRun, chips: int) -> list[MeshConfig]:
-    """Meshes that everything divides over and whose weights leave room, the fastest by estimate first."""
+    """Meshes that everything divides over, the fastest by estimate first; whether they fit is for the compiler."""
     found = []
     for tensor in (size for size in range(1, config.model.heads + 1) if chips % size == 0):
         mesh = MeshConfig(data=1, fsdp=chips // tensor, tensor=tensor)
         trial = dataclasses.replace(config, mesh=mesh)
         if _divides(trial):
-            found.append((sum(seconds(trial, phase) for phase in PHASES), tensor, mesh))
+            found.append((step_seconds(trial), tensor, mesh))
     if not found:
         raise InputError(
             f"mesh: no split of {chips} chips divides batch_size={config.batch_size} and the model: use a batch_size "
@@ -184,7 +197,7 @@ def _planned(config: PlanRun, chip: Chip, devices: list, whole: bool) -> dict:
         log.info("%s: %.1f GiB a chip, compiled in %.0f s", name, memory.total / GIB, time.perf_counter() - began)
     room = chip.hbm_gib * HEADROOM
     fits = all(memory.total / GIB <= room for memory in peaks.values())
-    step = sum(rows[name]["roofline_s"] for name in PHASES if name != "score" or config.update.kl_coefficient)
+    step = step_seconds(config)
     figures = {
         "topology": config.topology,
         "mesh": shape,
@@ -204,10 +217,9 @@ def remedy(config: PlanRun, totals: dict[str, float], room: float) -> str:
     """What would make the phases that do not fit smaller."""
     found = []
     if max(totals.get(name, 0) for name in ("decode", "refill", "grow")) > room:
-        found.append(
-            f"sample.slots={max(config.sample.group_size, _slots(config) // 2)} (rollouts decoded at one time), or "
-            "more chips for `tensor`"
-        )
+        fewest = config.mesh.data * config.mesh.fsdp * config.sample.group_size  # a group in every unit
+        fewer = f"sample.slots={max(fewest, _slots(config) // 2)} (rollouts decoded at one time), or "
+        found.append(f"{fewer if _slots(config) > fewest else ''}more chips for `tensor`")
     if max(totals.get(name, 0) for name in ("score", "update")) > room:
         found.append(f"update.microbatches={2 * config.update.microbatches}")
         if config.model.remat != "layer":
@@ -239,8 +251,10 @@ PHASES = ("prefill", "decode", "score", "update")  # those with an estimate of t
 
 
 def _slots(config: PlanRun) -> int:
-    every = config.batch_size * config.sample.group_size
-    return min(every, config.sample.slots or every)
+    """Rollouts decoded at one time: whole groups in every unit."""
+    units = config.mesh.data * config.mesh.fsdp
+    seating, _ = first_seating(config.batch_size // units, config.sample.group_size, units, config.sample.slots)
+    return seating.rollouts_US.size
 
 
 def _tokens(config: PlanRun) -> tuple[int, int, int, int]:
@@ -259,9 +273,10 @@ def model_flops(config: PlanRun, phase: str) -> float:
 
 @functools.cache
 def _weights(model: ModelConfig) -> int:
+    """Parameters that a pass reads: of an embedding that is not the head only a few rows."""
     D, H, K, C, F = model.width, model.heads, model.kv_heads, model.head_channels, model.hidden
     layers = model.layers * (D * C * (2 * H + 2 * K) + 3 * D * F)
-    return layers + model.vocab_size * D * (1 if model.tied_head else 2)
+    return layers + model.vocab_size * D
 
 
 def collective_bytes(config: PlanRun, phase: str) -> float:
@@ -283,12 +298,19 @@ def collective_bytes(config: PlanRun, phase: str) -> float:
     return 2 * passes + gradients + 3 * (prompts + responses) * summed
 
 
+def step_seconds(config: PlanRun) -> float:
+    """Of all phases that each step has; the extra rounds of dynamic sampling are not among them."""
+    phases = PHASES if config.update.kl_coefficient else [phase for phase in PHASES if phase != "score"]
+    return sum(seconds(config, phase) for phase in phases)
+
+
 def seconds(config: PlanRun, phase: str) -> float:
     """The slowest of arithmetic, memory and interconnect, each at its peak."""
     chip, mesh = chip_of(config.topology), config.mesh
     chips = mesh.data * mesh.fsdp * mesh.tensor
     size = 2 if config.model.dtype == "bfloat16" else 4
-    read = _weights(config.model) * size / mesh.tensor * (1 if phase != "update" else 3 * config.update.microbatches)
+    passes = {"score": config.update.microbatches, "update": 3 * config.update.microbatches}.get(phase, 1)
+    read = _weights(config.model) * size / mesh.tensor * passes
     if phase == "decode":
         _, _, rollouts, responses = _tokens(config)
         tokens = config.response_tokens or config.sample.max_tokens

@@ -19,10 +19,9 @@ from rpt_jax.learning import update
 from rpt_jax.mesh import BATCH, batch_parts, copies_of_heads, param_shardings, replicated, whole_over_fsdp
 from rpt_jax.policy import caches, decoder, sampler, slots
 from rpt_jax.policy.decoder import KeyValues
-from rpt_jax.policy.stream import packed, packed_prompts
+from rpt_jax.policy.stream import QUERIES, packed, packed_prompts
 from rpt_jax.records import Batch, InputError
 
-QUERIES = 512  # of a block of a stream, on TPUs
 END = (0,)  # any token: which one makes no difference
 
 
@@ -58,12 +57,23 @@ class Memory:
 
 
 def phases(job: Job) -> dict:
-    """{name: function that compiles the phase and returns its Memory}, in the order of a step."""
-    made = {"prefill": _prefill, "decode": _decode, "refill": _refill, "grow": _grow, "update": _update}
+    """{name: function that compiles the phase and returns its Memory}, in the order of a step.
+
+    Left out: the first seating, which is smaller than a refill, and the whole sequences of check_shared_prefix.
+    """
+    made = {
+        "prefill": _prefill,
+        "decode": _decode,
+        "refill": _refill,
+        "grow": _grow,
+        "shrink": _shrink,
+        "score": _score,
+    }
     if not job.sample.slots:
         del made["refill"]
-    if job.update.kl_coefficient or job.update.check_shared_prefix != "never":
-        made["score"] = _score
+    if not job.update.kl_coefficient and job.update.check_shared_prefix == "never":
+        del made["score"]
+    made["update"] = _update
     return {name: partial(compiled, job) for name, compiled in made.items()}
 
 
@@ -100,8 +110,8 @@ def sampling_params(job: Job):
     """What decoder.gathered makes of the parameters."""
 
     def copied(path, x):
-        dtype = x.dtype if path[-1].key == "scale" else job.model.dtype
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=whole_over_fsdp(x.sharding))
+        dtype = decoder.sampling_dtype(path, x, job.model)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole_over_fsdp(x.sharding))
 
     return jax.tree_util.tree_map_with_path(copied, train_state(job).params)
 
@@ -157,7 +167,7 @@ def batch(job: Job) -> Batch:
     split = parts_of_groups(job.batch_size, sample.group_size, U * parts)
     N, G, P, R = job.batch_size * split, sample.group_size // split, job.prompt.max_tokens, sample.max_tokens
     rows = N // (U * parts)
-    stream = packed(*_distinct(rows, P), np.ones((rows, G, R), np.int32), np.full((rows, G), R), queries=QUERIES)
+    stream = packed(*_distinct(rows, P), np.ones((rows, G, R), np.int32), np.full((rows, G), R), queries=QUERIES["tpu"])
     stream = jax.tree.map(lambda a: spread(job, (parts, U, *a.shape[1:]), a.dtype, None, BATCH), stream)
 
     def row(dtype, *shape):
@@ -170,7 +180,7 @@ def batch(job: Job) -> Batch:
 
 def _prompts(job: Job):
     """(stream, paths) of one unit's prompts, none of which begins like another."""
-    return packed_prompts(*_distinct(job.batch_size // job.units, job.prompt.max_tokens), queries=QUERIES)
+    return packed_prompts(*_distinct(job.batch_size // job.units, job.prompt.max_tokens), queries=QUERIES["tpu"])
 
 
 def _distinct(count: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +198,8 @@ def _prefill(job: Job) -> Memory:
 
 def _decode(job: Job) -> Memory:
     state = decode_state(job, job.sample.max_tokens)
-    arguments = sampling_params(job), job.model, job.sample, END, state, spread(job, (), jnp.int32)
+    look = slots.Look(spread(job, (job.units,), jnp.int32), spread(job, (), jnp.int32))
+    arguments = sampling_params(job), job.model, job.sample, END, state, look
     resident = bytes_on_chip((train_state(job), prefilled(job)))
     return _compiled(job, sampler.decode.lower, arguments, resident, (state.prompt, state.cache))
 
@@ -196,22 +207,31 @@ def _decode(job: Job) -> Memory:
 def _refill(job: Job) -> Memory:
     """The prompts of the slots before are still there."""
     state = decode_state(job, job.sample.max_tokens)
-    arguments = *_moving(job), 1, state.cache, state.hidden_BD, state.column
+    arguments = *_moving(job, *seats(job)), 1, state.cache, state.hidden_BD, state.column
     resident = bytes_on_chip((train_state(job), sampling_params(job), state.prompt))
     return _compiled(job, caches.refill.lower, arguments, resident, state.cache)
 
 
 def _grow(job: Job) -> Memory:
-    """From a half to all columns."""
-    state = decode_state(job, -(-job.sample.max_tokens // 2))
-    arguments = *_moving(job), seats(job)[1], state.cache, state.hidden_BD, job.sample.max_tokens
+    """From the last size of the cache but one to the last."""
+    before = [columns for columns in sampler.cache_sizes(job.sample) if columns < job.sample.max_tokens]
+    state = decode_state(job, before[-1] if before else job.sample.max_tokens)
+    arguments = *_moving(job, *seats(job)), seats(job)[1], state.cache, state.hidden_BD, job.sample.max_tokens
     resident = bytes_on_chip((train_state(job), sampling_params(job), state.prompt))
     return _compiled(job, caches.move.lower, arguments, resident, state.cache)
 
 
-def _moving(job: Job) -> tuple:
-    """(prefilled prompts, keys of rollouts, moves)."""
-    U, (S, width), T = job.units, seats(job), _prompts(job)[1].shape[2]
+def _shrink(job: Job) -> Memory:
+    """To half the slots, each with a prompt of its own."""
+    state = decode_state(job, job.sample.max_tokens)
+    arguments = *_moving(job, -(-seats(job)[0] // 2), 1), 1, state.cache, state.hidden_BD, job.sample.max_tokens
+    resident = bytes_on_chip((train_state(job), sampling_params(job), state.prompt))
+    return _compiled(job, caches.move.lower, arguments, resident, state.cache)
+
+
+def _moving(job: Job, S: int, width: int) -> tuple:
+    """(prefilled prompts, keys of rollouts, moves to S slots a unit)."""
+    U, T = job.units, _prompts(job)[1].shape[2]
 
     def of(*shape, dtype=jnp.int32):
         return spread(job, (U, *shape), dtype, BATCH)
@@ -231,7 +251,11 @@ def _score(job: Job) -> Memory:
 
 def _update(job: Job) -> Memory:
     lower = partial(update.train_step.lower, model=job.model, config=job.update, steps=1)
-    return _compiled(job, lower, (train_state(job), batch(job), spread(job, (), jnp.float32)), 0)
+    rollouts = batch(job)
+    limit = job.sample.max_tokens if job.update.aggregate == "constant" else None
+    reference = rollouts.logprobs_NGR if job.update.kl_coefficient else None
+    arguments = train_state(job), rollouts, spread(job, (), jnp.float32), limit, reference
+    return _compiled(job, lower, arguments, 0)
 
 
 def _compiled(job: Job, lower, arguments: tuple, resident: int, cache=()) -> Memory:
@@ -243,6 +267,8 @@ def _compiled(job: Job, lower, arguments: tuple, resident: int, cache=()) -> Mem
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Memory(*_too_much(str(error), arguments), resident, bytes_on_chip(cache))
+    if job.update.kl_coefficient:
+        resident += bytes_on_chip(train_state(job).params)  # the policy that the run began with
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes
     return Memory(*sizes, resident, bytes_on_chip(cache))
