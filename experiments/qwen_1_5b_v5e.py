@@ -25,7 +25,15 @@ def config() -> Config:
         policy="policies/r1_1_5b",
         run_folder="runs/qwen_1_5b_v5e",
         model=replace(
-            base.model, vocab_size=151936, width=1536, layers=28, heads=12, kv_heads=2, hidden=8960, rope_theta=1e4
+            base.model,
+            vocab_size=151936,
+            width=1536,
+            layers=28,
+            heads=12,
+            kv_heads=2,
+            hidden=8960,
+            rope_theta=1e4,
+            norm_epsilon=1e-6,
         ),
         mesh=MeshConfig(data=1, fsdp=16, tensor=1),
         prompt=replace(base.prompt, max_tokens=1024),

@@ -265,7 +265,7 @@ def _check(folder: Path, model: ModelConfig, leaves: list[_Leaf], tensors: dict)
         )
     for name, shape in shapes.items():
         tensor = tensors[name].get_slice(name)
-        if tuple(tensor.get_shape()) != shape or tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        if tuple(tensor.get_shape()) != shape or tensor.get_dtype() not in ("F32", "F16", "BF16"):
             raise InputError(
                 f"{folder}: {name} is {tensor.get_dtype()} {tuple(tensor.get_shape())}, but config.json asks for a "
                 f"floating-point {shape}: use the config.json that belongs to these weights, not quantised"
