@@ -1,8 +1,8 @@
 """What `rpt convert` does: a published model becomes a policy, a policy or run becomes a model that others open.
 
 In: a folder in Hugging Face's layout or the id of a repository of theirs; a policy or run folder. Out: a policy folder
-for `rpt train --policy`; a folder that `transformers`, and what builds on it, opens. Float32 and bfloat16 keep their bits unless another dtype
-is asked for. Works on the CPU, with one copy of the parameters in host memory.
+for `rpt train --policy`; a folder that `transformers`, and what builds on it, opens. Float32 and bfloat16 keep their
+bits unless another dtype is asked for. Works on the CPU, with one copy of the parameters in host memory.
 """
 
 import logging
