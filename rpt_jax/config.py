@@ -155,6 +155,7 @@ class UpdateConfig:
     warmup_steps: int = 0
     beta1: float = 0.9  # (paper: 0.9)
     beta2: float = 0.999  # (paper: 0.999)
+    first_moment: Literal["float32", "bfloat16"] = "float32"  # Adam's mean of gradients; the second stays float32
     weight_decay: float = 0.01  # (paper: 0.01)
     max_gradient_norm: float = 1.0  # global-norm clip; 0: off ("actor gradient clip 0.2" of the paper is ambiguous)
     advantage: Literal["std", "mean", "leave_one_out"] = "std"  # (r-mean)/(std+eps) | Dr. GRPO | G/(G-1)(r-mean)

@@ -55,7 +55,8 @@ def make_optimizer(config: UpdateConfig | PretrainConfig, steps: int) -> optax.G
             consistent_rms=0.2,
         )
     else:
-        descend = optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay)
+        narrow = config.first_moment if isinstance(config, UpdateConfig) else None
+        descend = optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mu_dtype=narrow)
     if config.max_gradient_norm == 0:
         return descend
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), descend)
@@ -76,7 +77,9 @@ def _matrices(params: Params) -> Params:
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """State at step 0 with a copy of params, so that donating the state leaves the caller's intact.
 
-    Moments are float32 and lie on the devices as their parameters do; counters are replicated over the same mesh.
+    Moments are float32, the first one as config.first_moment says. (The second would stand still in bfloat16: at
+    beta2 = 0.999 a step changes it by less than bfloat16 can tell.) They lie on the devices as their parameters do;
+    counters are replicated over the same mesh.
     """
     params = jax.tree.map(jnp.copy, params)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
