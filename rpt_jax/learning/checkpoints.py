@@ -7,7 +7,6 @@ In the policy folder of a large model params/ (Orbax) stands for params.npz, of 
 """
 
 import contextlib
-import functools
 import json
 import shutil
 import zipfile
@@ -240,7 +239,7 @@ def _restore_params(path, like):
 
 def _abstract_params(model, mesh):
     """Shapes with shardings: on the mesh by decoder.logical_axes, otherwise on the first device."""
-    shapes = _shapes(model)
+    shapes = decoder.shapes(model)
     first = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
     shardings = first if mesh is None else param_shardings(mesh, decoder.logical_axes(model), shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -248,7 +247,7 @@ def _abstract_params(model, mesh):
 
 def _read_arrays(path, model, stored):
     """Parameters as numpy arrays in the dtype of the model, checked against its shapes."""
-    shapes = _shapes(model)
+    shapes = decoder.shapes(model)
     wanted = _named(shapes)
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -272,10 +271,6 @@ def _laid_out(params, model, mesh):
     if mesh is None:
         return jax.tree.map(jnp.asarray, params)
     return place(params, param_shardings(mesh, decoder.logical_axes(model), params))
-
-
-def _shapes(model):
-    return jax.eval_shape(functools.partial(decoder.init, model), jax.random.key(0))
 
 
 def _named(params) -> dict:

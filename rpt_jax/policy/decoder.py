@@ -9,7 +9,7 @@ One mask source: a query at position q sees the keys with 0 <= position <= q of 
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -214,6 +214,12 @@ def _init_boxed(config: ModelConfig, key: Array) -> Params:
 def init(config: ModelConfig, key: Array) -> Params:
     """Fresh parameters of a decoder; layers are stacked on a leading L axis."""
     return nn.meta.unbox(_init_boxed(config, key))
+
+
+@cache  # tracing takes half a second
+def shapes(config: ModelConfig) -> Params:
+    """The tree of `init`, each array with shape and dtype only."""
+    return jax.eval_shape(partial(init, config), jax.random.key(0))
 
 
 def logical_axes(config: ModelConfig) -> Params:

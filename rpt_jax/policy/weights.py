@@ -104,14 +104,9 @@ def _aligned_empty(count: int) -> np.ndarray:
     return raw[start : start + count]
 
 
-@functools.cache  # tracing takes half a second
-def _shapes(model: ModelConfig) -> Params:
-    return jax.eval_shape(functools.partial(decoder.init, model), jax.random.key(0))
-
-
 def _leaves(model: ModelConfig) -> list[_Leaf]:
     leaves = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(model)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(decoder.shapes(model)):
         key = jax.tree_util.keystr(path, simple=True, separator=".")
         name, merged = TENSORS[key]
         stacked = key.startswith("layers.")
@@ -145,7 +140,7 @@ def load_weights(folder: str | Path, model: ModelConfig, shardings: Params | Non
                 gc.collect(0)  # jax lets go of host arrays when Python collects
                 staging = _aligned_empty(place.staged_bytes)
             arrays[place.leaf.path] = place.load(tensors, staging)
-    return jax.tree.unflatten(jax.tree.structure(_shapes(model)), [arrays[leaf.path] for leaf in leaves])
+    return jax.tree.unflatten(jax.tree.structure(decoder.shapes(model)), [arrays[leaf.path] for leaf in leaves])
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def bytes_on_chip(tree) -> int:
 
 def train_state(job: Job) -> update.TrainState:
     """Parameters and optimizer state, as an update has them."""
-    shapes = jax.eval_shape(partial(decoder.init, job.model), jax.random.key(0))
+    shapes = decoder.shapes(job.model)
     shardings = param_shardings(job.mesh, decoder.logical_axes(job.model), shapes)
     params = jax.tree.map(_placed, shapes, shardings)
     optimizer = update.make_optimizer(job.update, 1)
