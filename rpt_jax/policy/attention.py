@@ -66,7 +66,7 @@ def attend_in_blocks(
 
     A few blocks at a time, and again in the backward pass. "xla" keeps scores in the cache of a CPU; "splash" is
     JAX's kernel for TPUs, "interpret" the same anywhere, slowly; both raise ValueError for a stream that they cannot
-    take (splash.takes). "auto" is splash on TPUs where it can, xla otherwise, and logged when compiled.
+    take (splash.takes). "auto" is splash on TPUs where it can, which is logged when compiled, and xla otherwise.
     """
     outs = [_attend_of(implementation, block, q_UTHC, k_UTKC, v_UTKC, stream.positions_UT) for block in stream.blocks]
     U, _, H, C = q_UTHC.shape
@@ -81,7 +81,8 @@ def _attend_of(
     backend = "tpu" if pltpu.is_tpu_device() else jax.default_backend()  # that of jax.set_mesh, when compiling for it
     if implementation == "auto":
         implementation = "splash" if backend == "tpu" and splash.takes(block, C) else "xla"
-        log.info("attention of blocks of %d queries and %d keys: implementation %r", Q, S, implementation)
+        if backend == "tpu":  # elsewhere there is no choice to tell of
+            log.info("attention of blocks of %d queries and %d keys: implementation %r", Q, S, implementation)
     elif implementation != "xla" and not splash.takes(block, C):
         raise ValueError(
             f"attention: implementation={implementation!r} wants blocks of a packed stream with queries, keys and "
