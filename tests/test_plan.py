@@ -141,6 +141,13 @@ def test_what_does_not_fit_is_named_with_a_remedy():
     assert "sample.slots" not in said and "more chips for `tensor`" in said  # each unit has one group already
     assert "update.microbatches=8" in said and "model.remat=layer" in said
     assert "batch_size" not in said
+    finest = dataclasses.replace(SMALL, update=UpdateConfig(microbatches=8))  # on 2 units: each bin has one response
+    assert "microbatches" not in plan.remedy(finest, totals, 15.2)
+    roomy = dataclasses.replace(SMALL, batch_size=8)
+    assert plan.remedy(roomy, {"decode": 9.0, "shrink": 16.0}, 15.2).startswith("try more chips for `tensor`")
+    assert "sample.slots=16" in plan.remedy(
+        dataclasses.replace(roomy, sample=SampleConfig(group_size=4, slots=0)), {"decode": 9.0, "shrink": 16.0}, 15.2
+    )
 
 
 @LIBTPU

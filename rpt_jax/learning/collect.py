@@ -141,7 +141,6 @@ def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
         lines = [np.asarray(pick(rounds[r])[row]) for r, row in rows]
         return np.stack(lines if width is None else [_resize(line, width) for line in lines])
 
-    R = rounds[0].rollouts.tokens_NGR.shape[2]
     prompts = Prompts(
         **{name: gather(lambda part, name=name: getattr(part.prompts, name)) for name in _names(Prompts, "tokens_NT")},
         tokens_NT=gather(lambda part: part.prompts.tokens_NT, T),
@@ -149,8 +148,8 @@ def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
     rollouts = Rollouts(
         lengths_NG=gather(lambda part: part.rollouts.lengths_NG),
         finished_NG=gather(lambda part: part.rollouts.finished_NG),
-        tokens_NGR=gather(lambda part: part.rollouts.tokens_NGR, R),
-        logprobs_NGR=gather(lambda part: part.rollouts.logprobs_NGR, R),
+        tokens_NGR=gather(lambda part: part.rollouts.tokens_NGR),
+        logprobs_NGR=gather(lambda part: part.rollouts.logprobs_NGR),
     )
     return Groups(
         tuple(rounds[r].positions[row] for r, row in rows),

@@ -61,7 +61,9 @@ class PlanRun:
 
 
 def plan(config: PlanRun) -> dict:
-    """{topology, mesh, fits, hbm_gib, phases, chip_hours}, of a phase its memory in GiB a chip.
+    """{topology, mesh, fits, hbm_gib, phases, step_s_estimate, chip_hours_estimate}; memory is in GiB a chip.
+
+    Where it does not fit also {remedy, largest_gib}.
 
     Raises InputError for a slice that libtpu does not know and for settings that do not divide over it.
     """
@@ -216,12 +218,14 @@ def _planned(config: PlanRun, chip: Chip, devices: list, whole: bool) -> dict:
 def remedy(config: PlanRun, totals: dict[str, float], room: float) -> str:
     """What would make the phases that do not fit smaller."""
     found = []
-    if max(totals.get(name, 0) for name in ("decode", "refill", "grow")) > room:
+    if max(totals.get(name, 0) for name in ("decode", "refill", "grow", "shrink")) > room:
         fewest = config.mesh.data * config.mesh.fsdp * config.sample.group_size  # a group in every unit
         fewer = f"sample.slots={max(fewest, _slots(config) // 2)} (rollouts decoded at one time), or "
         found.append(f"{fewer if _slots(config) > fewest else ''}more chips for `tensor`")
     if max(totals.get(name, 0) for name in ("score", "update")) > room:
-        found.append(f"update.microbatches={2 * config.update.microbatches}")
+        more = 2 * config.update.microbatches
+        if config.batch_size * config.sample.group_size % (more * config.mesh.data * config.mesh.fsdp) == 0:
+            found.append(f"update.microbatches={more}")
         if config.model.remat != "layer":
             found.append("model.remat=layer")
     if totals.get("prefill", 0) > room:
