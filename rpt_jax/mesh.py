@@ -232,6 +232,8 @@ def start_distributed(config: MeshConfig) -> None:
     settings = distributed_settings(config, os.environ, jax.config.jax_platforms or "")
     if settings is None:
         return
+    # JAX would note SIGTERM in a handler of its own, and nobody would hear of it before the run's own stands.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**settings)
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
 

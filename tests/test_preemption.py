@@ -1,11 +1,15 @@
-"""Claims: a signal breaks off what may be broken off, waits for what may not, and leaves the process as it was."""
+"""Claims: a signal breaks off what may be broken off, waits for what may not, and leaves the process as it was; a
+cloud's notice counts as one; several processes stop where all of them pass."""
 
+import http.server
 import signal
 import threading
+import time
 
+import numpy as np
 import pytest
 
-from rpt_jax.learning import preemption
+from rpt_jax import preemption
 
 
 def test_a_signal_breaks_off_only_inside():
@@ -53,3 +57,66 @@ def test_another_thread_watches_nothing_and_fails_not():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """A metadata server; what it says of the machine."""
+    says = {"preempted": "FALSE", "maintenance-event": "NONE"}
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(says[self.path.removeprefix("/computeMetadata/v1/instance/")].encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Answer) as server:
+        monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        monkeypatch.setattr(preemption, "POLLED", 0.01)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield says
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
+)
+def test_a_clouds_notice_breaks_off_like_a_signal(metadata, name, said):
+    with preemption.watch() as told:
+        time.sleep(0.1)
+        assert told.number == 0
+        with pytest.raises(preemption.Abandoned), told.may_break_off():
+            metadata[name] = said
+            time.sleep(60)
+            pytest.fail("went on")
+        assert told.number == signal.SIGTERM
+
+
+def test_without_a_metadata_server_only_signals_tell(monkeypatch, caplog):
+    caplog.set_level("INFO", preemption.log.name)
+    monkeypatch.setenv("GCE_METADATA_HOST", "localhost:1")
+    monkeypatch.setattr(preemption, "POLLED", 0.01)
+    with preemption.watch() as told:
+        while not caplog.records:
+            time.sleep(0.01)
+        assert not told.agreed()
+    assert "no metadata server tells of preemption" in caplog.text
+
+
+def test_several_stop_where_all_pass(monkeypatch):
+    """One is told; the signal itself breaks nothing off, the next common place does, and only inside."""
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "process_allgather", lambda number: np.stack([number, 0 * number]))
+    with preemption.watch() as told:
+        with pytest.raises(preemption.Abandoned), told.may_break_off():
+            preemption.passing()
+            signal.raise_signal(signal.SIGTERM)
+            passed = True
+            preemption.passing()
+            pytest.fail("went on")
+        assert passed and told.agreed()
+        preemption.passing()

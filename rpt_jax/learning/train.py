@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from rpt_jax import compilation
+from rpt_jax import compilation, preemption
 from rpt_jax.config import Config, ModelConfig, parts_of_groups
 from rpt_jax.corpus.positions import (
     AnnotatedDocuments,
@@ -30,7 +30,7 @@ from rpt_jax.corpus.positions import (
 )
 from rpt_jax.corpus.prompts import Template, assemble, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.learning import checkpoints, identity, preemption, progress, run_folder
+from rpt_jax.learning import checkpoints, identity, progress, run_folder
 from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.batch import maybe_check, pack
 from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpt_jax import preemption
 from rpt_jax.config import ModelConfig, SampleConfig
 from rpt_jax.mesh import (
     batch_parts,
@@ -81,6 +82,7 @@ def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, units, sp
     seating, waiting = first_seating(N // units, G, units, sampling.slots)
     first, before, state = seating.rollouts_US.shape[1], None, None
     while written.alive(seating).any():
+        preemption.passing()
         needed = written.needed(seating, sampling.tokens_per_call)
         if seating is not before or needed > state.cache.positions_BS.shape[1]:
             moves = _moves(before, seating, written, paths_UNT, lengths_UN, G)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rpt_jax import preemption
 from rpt_jax.config import EvaluateConfig, ModelConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.positions import Position, Positions
 from rpt_jax.corpus.prompts import Template, assemble, parse_answers
@@ -209,6 +210,7 @@ def argmax_tokens(
         tokens_T[: len(context)] = context
     best_N = np.zeros(len(contexts), np.int32)
     for rows, filled, T in _batches(lengths_N, batch_size):
+        preemption.passing()
         batch = _on(mesh, (tokens_NT[filled, :T], lengths_N[filled]))
         best_N[rows] = to_host(most_probable(params, model, tuple(banned_ids), *batch))[: len(rows)]
         tick()
@@ -316,10 +318,8 @@ def _with_prefill(rollouts: Rollouts, prefill_R: np.ndarray) -> Rollouts:
 def _table(positions: Positions | Sequence[Position]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, entropies); an id is document and index in one uint64."""
     if not isinstance(positions, Positions):
-        columns = (
-            zip(*((p.document, p.index, p.entropy) for p in positions), strict=True) if len(positions) else [()] * 3
-        )
-        positions = Positions(*map(np.array, columns))
+        rows = [(p.document, p.index, p.entropy) for p in positions]
+        positions = Positions(*map(np.array, zip(*rows, strict=True) if rows else [()] * 3))
     ids = positions.documents.astype(np.uint64) << np.uint64(32) | positions.indices.astype(np.uint64)
     return ids, positions.entropies.astype(np.float32)
 
