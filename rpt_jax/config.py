@@ -201,6 +201,8 @@ class PretrainConfig:
 class CheckpointConfig:
     every: int = 50  # steps
     keep: int = 2  # newest checkpoints kept
+    folder: str = ""  # gs://bucket/run, or a local one; empty: run_folder/checkpoints. Takes the run's small files, too
+    on_damaged: Literal["stop", "previous"] = "stop"  # previous: sets a damaged one aside and goes on from that before
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
 
+LONGEST_ERROR = 2048  # bytes of a message from process 0 to the others
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
@@ -255,6 +256,23 @@ def require_agreement(facts: Mapping[str, str]) -> None:
             f"process {process} on host {name!r} has another {list(facts)[fact]} than process 0: give all hosts the "
             "same code, settings and files, then start again"
         )
+
+
+def in_first_process(act: Callable[[], None]) -> None:
+    """Calls `act` in process 0 alone; an InputError that it raises there is raised in all. A collective."""
+    said = b""
+    if jax.process_index() == 0:
+        try:
+            act()
+        except InputError as error:
+            if jax.process_count() == 1:
+                raise
+            said = str(error).encode()[:LONGEST_ERROR]
+    if jax.process_count() > 1:
+        line = np.frombuffer(said.ljust(LONGEST_ERROR, b"\0"), np.uint8)
+        said = multihost_utils.broadcast_one_to_all(line).tobytes().rstrip(b"\0")
+        if said:
+            raise InputError(said.decode(errors="replace"))
 
 
 def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platforms: str) -> dict | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy
 
-from rpt_jax.config import MeshConfig, UpdateConfig
+from rpt_jax.config import CheckpointConfig, MeshConfig, UpdateConfig
 from rpt_jax.corpus.tokenizer import train_sentencepiece
 from rpt_jax.learning import checkpoints
 from rpt_jax.learning.update import TrainState, init_state, make_optimizer
@@ -98,6 +98,10 @@ def test_no_checkpoint_is_no_step(tmp_path):
 
 def damage(folder, how):
     data = max((folder / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    if how == "other":  # reads well, and is not what was saved
+        shutil.rmtree(folder / "params")
+        shutil.copytree(folder.with_name("2") / "params", folder / "params")
+        return
     if how == "cut":
         data.write_bytes(data.read_bytes()[:40])
     elif how == "gone":
@@ -108,13 +112,35 @@ def damage(folder, how):
         (folder / "host" / "metadata").write_text('{"stream": ')
 
 
-@pytest.mark.parametrize("how", ["cut", "gone", "item", "json"])
+DAMAGES = ["cut", "gone", "item", "json", "other"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_named_with_the_one_before_it(tmp_path, how):
     saved(tmp_path, steps=(2, 4))
     damage(tmp_path / "4", how)
-    with pytest.raises(InputError, match=rf"checkpoint {tmp_path}/4 cannot be read.*continue from step 2"):
+    with pytest.raises(
+        InputError, match=rf"checkpoint {tmp_path}/4 cannot be read.*on-damaged previous continues from step 2"
+    ):
         restored(tmp_path, state_on(None), 4)
     assert_same(restored(tmp_path, state_on(None), 2)[0], state_on(None, scale=2))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_on_request_a_damaged_checkpoint_is_set_aside(tmp_path, how, caplog):
+    saved(tmp_path, steps=(2, 4))
+    damage(tmp_path / "4", how)
+    previous = CheckpointConfig(on_damaged="previous")
+    state, host, step = checkpoints.restore_newest(tmp_path, state_on(None), previous)
+    assert step == host["step"] == 2 and checkpoints.newest_step(tmp_path) == 2
+    assert_same(state, state_on(None, scale=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4.damaged"]
+    assert f"checkpoint {tmp_path}/4 cannot be read" in caplog.text
+    damage(tmp_path / "2", "gone")
+    with pytest.raises(InputError, match=f"{tmp_path}/2 cannot be read.*start the run anew"):
+        checkpoints.restore_newest(tmp_path, state_on(None), previous)
+    saved(tmp_path, steps=(4,))  # the run goes on, and gets there again
+    assert checkpoints.newest_step(tmp_path) == 4
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):

@@ -33,6 +33,7 @@ ORDER = [
     "rpt_jax.corpus.positions",
     "rpt_jax.corpus.prompts",
     "rpt_jax.corpus.arithmetic",
+    "rpt_jax.policy.fingerprint",
     "rpt_jax.policy.stream",
     "rpt_jax.policy.splash",
     "rpt_jax.policy.attention",

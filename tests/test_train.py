@@ -133,6 +133,22 @@ def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path, step):
     assert_same_run(tmp_path, folder)
 
 
+def test_another_machine_continues_from_the_checkpoints_alone(tmp_path):
+    """The run's own folder is gone, as that of a spot slice; the small files came with the checkpoints."""
+    folder, state = finished()
+    kept = CheckpointConfig(every=8, keep=2, folder=str(tmp_path / "bucket"))
+    with pytest.raises(Stop):
+        run(settings(tmp_path / "first", checkpoint=kept), report=stop_at(19))
+    shutil.rmtree(tmp_path / "first")
+    config = settings(tmp_path / "second", checkpoint=kept)
+    assert_same_state(run(config), state)
+    assert_same_run(tmp_path / "second", folder)
+    assert_same_run(tmp_path / "bucket" / "run", folder)
+    assert_same_state(checkpoints.load_policy(tmp_path / "second")[1], state.params)
+    with pytest.raises(InputError, match="holds a run with seed=4, this one has 5"):
+        run(settings(tmp_path / "third", checkpoint=kept, seed=5))
+
+
 def test_the_queue_was_not_empty_where_the_run_continued():
     """Otherwise the law above would say nothing of it."""
     assert rows_of(finished()[0])[15]["queued"] > 0

@@ -2,12 +2,14 @@
 
 A checkpoint (Orbax, one folder per step, there as a whole or not at all) holds the parameters, the optimizer state with
 the step, and as JSON what the host needs to go on exactly: the state of the position stream and the dynamic-sampling
-queue. A policy folder holds what sampling needs, in few files that travel well: policy.json, params.npz, the tokenizer.
-In the policy folder of a large model params/ (Orbax) stands for params.npz, of which every device reads its own part.
+queue; and fingerprints of the arrays, by which one is known that was damaged but still reads. A policy folder holds
+what sampling needs, in few files that travel well: policy.json, params.npz, the tokenizer. In the policy folder of a
+large model params/ (Orbax) stands for params.npz, of which every device reads its own part.
 """
 
 import contextlib
 import json
+import logging
 import shutil
 import zipfile
 import zlib
@@ -17,35 +19,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rpt_jax.config import ModelConfig, from_dict, to_dict
+from rpt_jax.config import CheckpointConfig, Config, ModelConfig, from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.learning.update import TrainState
 from rpt_jax.mesh import param_shardings, place
 from rpt_jax.policy import decoder
+from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.records import InputError, Params
+
+log = logging.getLogger(__name__)
 
 Manager = ocp.CheckpointManager
 FORMAT = 1
 
 
-def newest_step(folder: Path) -> int | None:
+def newest_step(folder: str | Path) -> int | None:
     """The step of the newest whole checkpoint in a folder, None where there is none; process 0 looks for all."""
-    steps = ocp.utils.checkpoint_steps(folder) if jax.process_index() == 0 and Path(folder).is_dir() else []
+    is_there = jax.process_index() == 0 and epath.Path(folder).is_dir()
+    steps = ocp.utils.checkpoint_steps(folder) if is_there else []
     newest = max(steps, default=-1)
     if jax.process_count() > 1:
         newest = int(multihost_utils.broadcast_one_to_all(np.array(newest)))
     return None if newest < 0 else newest
 
 
-def open_checkpoints(folder: Path, keep: int, read_only: bool = False) -> Manager:
+def folder_of(config: Config) -> epath.Path:
+    """Where a run's checkpoints are: on this machine, or on Google Cloud Storage (gs://..., extra `gcs`)."""
+    return epath.Path(config.checkpoint.folder or epath.Path(config.run_folder) / "checkpoints")
+
+
+def open_checkpoints(folder: str | Path, keep: int, read_only: bool = False) -> Manager:
     """The checkpoints of a run, saved in the background; the newest `keep` are kept. Close it to wait for the last."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep, enable_async_checkpointing=not read_only, read_only=read_only
     )
-    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    return ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
 
 
 def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:
@@ -56,6 +68,7 @@ def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:
     if step in manager.all_steps():
         return
     rest = {"optimizer_state": state.optimizer_state, "step": state.step}
+    host = host | {"fingerprints": {"params": fingerprint(state.params), "rest": fingerprint(rest)}}
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest), host=ocp.args.JsonSave(host)
     )
@@ -75,7 +88,29 @@ def restore(manager: Manager, like: TrainState, step: int) -> tuple[TrainState, 
         host=ocp.args.JsonRestore(),
     )
     found = _restore(manager, step, items)
-    return TrainState(found.params, found.rest["optimizer_state"], found.rest["step"]), found.host
+    host = {name: value for name, value in found.host.items() if name != "fingerprints"}
+    return TrainState(found.params, found.rest["optimizer_state"], found.rest["step"]), host
+
+
+def restore_newest(folder: str | Path, like: TrainState, config: CheckpointConfig) -> tuple[TrainState, dict, int]:
+    """(state, host, step) of the newest whole checkpoint, see restore.
+
+    With config.on_damaged="previous" a damaged one gets the ending .damaged and the one before it is read, if any.
+    """
+    while True:
+        step = newest_step(folder)
+        with contextlib.closing(open_checkpoints(folder, config.keep, read_only=True)) as manager:
+            try:
+                return *restore(manager, like, step), step
+            except InputError as error:
+                if config.on_damaged == "stop" or len(manager.all_steps()) < 2:
+                    raise
+                log.warning("%s; going on from the one before", error)
+        if jax.process_index() == 0:
+            there = epath.Path(folder) / str(step)
+            there.rename(there.with_name(f"{step}.damaged"))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
 
 
 def abstract_state(state: TrainState) -> TrainState:
@@ -84,17 +119,22 @@ def abstract_state(state: TrainState) -> TrainState:
 
 
 def _restore(manager, step, items):
-    folder = Path(manager.directory) / str(step)
+    folder = manager.directory / str(step)
     if step not in manager.all_steps():
         there = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
         raise InputError(f"no checkpoint {folder}; whole ones in {folder.parent}: {there}")
     try:
-        return manager.restore(step, args=items)
+        found = manager.restore(step, args=items)
+        for name, wanted in found.host["fingerprints"].items():
+            if name in found and fingerprint(found[name]) != wanted:
+                raise ValueError(f"{name} differs from what was saved")
+        return found
     except (jax.errors.JaxRuntimeError, MemoryError):  # says nothing of the file
         raise
     except Exception as error:  # Orbax raises this very class for a file that is cut short
         others = sorted(set(manager.all_steps()) - {step})
-        remedy = f"delete this folder to continue from step {others[-1]}" if others else "start the run anew"
+        before = f"--checkpoint.on-damaged previous continues from step {others[-1]}" if others else ""
+        remedy = before or "start the run anew"
         raise InputError(
             f"checkpoint {folder} cannot be read: {_first_line(error)}; if it belongs to this model it is damaged: "
             f"{remedy}"
@@ -160,7 +200,7 @@ def load_policy(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Pa
     folder = Path(folder)
     if (folder / "policy.json").is_file():
         return _load_folder(folder, mesh)
-    if (folder / "checkpoints").is_dir():
+    if (folder / "config.json").is_file():
         return _load_run(folder, mesh)
     raise InputError(
         f"no policy in {str(folder)!r}: give a folder with policy.json (`rpt pretrain` makes one) or the folder of a "
@@ -215,15 +255,15 @@ def _load_folder(folder, mesh):
 
 
 def _load_run(folder, mesh):
-    content = read_json(folder / "config.json", "config")["config"]
-    model = from_dict(ModelConfig, content.get("model"), f"{folder}/config.json: model")
+    config = from_dict(Config, read_json(folder / "config.json", "config")["config"], f"{folder}/config.json: config")
+    model, checkpoints = config.model, config.checkpoint.folder or folder / "checkpoints"
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_vocabulary(model, tokenizer, str(folder))
     like = _abstract_params(model, mesh)
-    with contextlib.closing(open_checkpoints(folder / "checkpoints", 0, read_only=True)) as manager:
+    with contextlib.closing(open_checkpoints(checkpoints, 0, read_only=True)) as manager:
         if manager.latest_step() is None:
             raise InputError(f"{folder} has saved no whole checkpoint yet: run it on, or use its starting policy")
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
         return model, _restore(manager, manager.latest_step(), items).params, tokenizer
 
 

@@ -13,7 +13,7 @@ from rpt_jax.config import Config
 from rpt_jax.corpus.positions import Positions
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.collect import Source
-from rpt_jax.policy.proxy import fingerprint
+from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.records import Params
 
 

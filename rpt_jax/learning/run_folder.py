@@ -7,6 +7,8 @@
     tensorboard/      the numbers of metrics.jsonl and evaluations.jsonl; Weights & Biases gets the same where asked for
     results.json      final figures
 
+Where checkpoint.folder is set, checkpoints are there, and copies of the rest in its folder run/.
+
 Process 0 writes; the others call alike and write nothing.
 """
 
@@ -25,14 +27,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from rpt_jax.config import Config, from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.learning import checkpoints
 from rpt_jax.learning.checkpoints import read_json
+from rpt_jax.mesh import in_first_process
 from rpt_jax.records import InputError
 
+KEPT = "run"  # folder beside the checkpoints, where those have one of their own
 STREAMS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
 PACKAGES = ("rpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 # A run continues with other values of these: they change no update beyond rounding.
@@ -79,6 +85,35 @@ def open_run(config: Config, tokenizer: Tokenizer, start: int | None, identity: 
         log.tensorboard.close()
         if log.wandb:
             log.wandb.finish()
+
+
+def find(config: Config, identity: dict) -> int | None:
+    """Updates made at the newest checkpoint of this run, None where there is none; see require_same_run.
+
+    Where checkpoints have a folder of their own, the run's small files beside them are brought here: another machine
+    may have written them.
+    """
+    start = checkpoints.newest_step(checkpoints.folder_of(config))
+
+    def check():
+        if config.checkpoint.folder:
+            _copy(checkpoints.folder_of(config) / KEPT, epath.Path(config.run_folder))
+        require_same_run(config, identity, start)
+
+    if start is not None:
+        in_first_process(check)
+    return start
+
+
+def keep_copy(log: RunLog, config: Config) -> None:
+    """Copies the run's small files beside its checkpoints, where those have a folder of their own."""
+    if log.tensorboard is None or not config.checkpoint.folder:
+        return
+    log.tensorboard.flush()
+    there = checkpoints.folder_of(config) / KEPT
+    for name in (*STREAMS, "config.json", "results.json", "tokenizer", "tensorboard"):
+        if (log.folder / name).exists():
+            _copy(epath.Path(log.folder / name), there / name)
 
 
 def provenance() -> dict:
@@ -252,6 +287,18 @@ def _cut(path: Path, step: int | None) -> None:
     if path.is_file():
         rows = [] if step is None else [row for row in read_rows(path) if row["step"] <= step]
         _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    """A file, or a folder with all in it, whole files or none; on any file system that epath knows."""
+    if source.is_dir():
+        for each in source.iterdir():
+            _copy(each, target / each.name)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".tmp")
+    part.write_bytes(source.read_bytes())
+    part.replace(target)
 
 
 def _write_whole(path: Path, text: str) -> None:

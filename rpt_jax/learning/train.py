@@ -136,32 +136,31 @@ def train(
     params = _on_mesh(params, param_shardings(mesh, decoder.logical_axes(model), params))
     found = identity.of_inputs(source, params, positions)
     require_agreement(identity.of_host(config, found))
-    folder = Path(config.run_folder)
-    start = checkpoints.newest_step(folder / "checkpoints")
-    if start is not None:
-        run_folder.require_same_run(config, found, start)
-    with (
-        jax.set_mesh(mesh),  # by which the scorer's kernel splits its work
-        run_folder.open_run(config, tokenizer, start, found) as record,
-        contextlib.closing(checkpoints.open_checkpoints(folder / "checkpoints", config.checkpoint.keep)) as manager,
-        preemption.watch() as told,
-        progress.display(config.name, start or 0, config.steps, report) as show,
-    ):
+    with jax.set_mesh(mesh), preemption.watch() as told:  # by the mesh the scorer's kernel splits its work
+        start = run_folder.find(config, found)
         reference = params if config.update.kl_coefficient else None
-        run = Run(source, reference, evaluate, show, record, manager, told)
         state = init_state(params, make_optimizer(config.update, config.steps))
         del policy, params  # at most the caller holds on to them now
         stream, queue = iter(position_stream(positions, seed=config.seed)), ()
         if start is not None:
-            log.info("continuing %s after %d updates", folder, start)
-            abstract = checkpoints.abstract_state(state)
+            like = checkpoints.abstract_state(state)
             del state  # two would not fit
-            state, host = checkpoints.restore(manager, abstract, start)
+            state, host, start = checkpoints.restore_newest(checkpoints.folder_of(config), like, config.checkpoint)
+            log.info("continuing %s after %d updates", config.run_folder, start)
             stream.set_state(host["stream"])
             queue = tuple(Position(*values) for values in host["queue"])
-        state = _loop(run, state, stream, queue, start)
-        run_folder.write_results(record, config)
-        return state
+        with (
+            run_folder.open_run(config, tokenizer, start, found) as record,
+            contextlib.closing(
+                checkpoints.open_checkpoints(checkpoints.folder_of(config), config.checkpoint.keep)
+            ) as manager,
+            progress.display(config.name, start or 0, config.steps, report) as show,
+        ):
+            run = Run(source, reference, evaluate, show, record, manager, told)
+            state = _loop(run, state, stream, queue, start)
+            run_folder.write_results(record, config)
+            run_folder.keep_copy(record, config)
+            return state
 
 
 @dataclass(frozen=True)
@@ -202,17 +201,23 @@ def _loop(
             run_folder.write_step(run.record, row, list(shown(run.source, groups, config.rollouts_logged, done)))
             run.show(row)
             if done % config.checkpoint.every == 0 or done == config.steps:
-                checkpoints.save(run.manager, done, state, host)
+                _save(run, done, state, host)
             if told.agreed():
                 raise preemption.Abandoned
         with told.may_break_off():
             _maybe_evaluate(run, state, done, evaluated)
     except preemption.Abandoned:
-        checkpoints.save(run.manager, done, state, host)
+        _save(run, done, state, host)
         run.manager.wait_until_finished()
         log.warning("told to stop: saved after %d of %d updates; the same command continues", done, config.steps)
         raise SystemExit(EXIT + (told.number or signal.SIGTERM)) from None
     return state
+
+
+def _save(run: Run, done: int, state: TrainState, host: dict) -> None:
+    """The rows first: a whole checkpoint then has all rows up to it beside it."""
+    run_folder.keep_copy(run.record, run.source.config)
+    checkpoints.save(run.manager, done, state, host)
 
 
 def _host_state(stream, queue) -> dict:

@@ -35,6 +35,7 @@ from rpt_jax.corpus.positions import (
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.mesh import batch_sharding, place, to_host
 from rpt_jax.policy import decoder
+from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params
 
@@ -221,25 +222,6 @@ def text_logits(params: Params, model: ModelConfig, hidden: Array, banned_ids: t
     """decoder.logits with -inf for tokens that are no text."""
     logits = decoder.logits(params, model, hidden)
     return logits.at[..., jnp.array(banned_ids, jnp.int32)].set(-jnp.inf) if banned_ids else logits
-
-
-def fingerprint(params: Params) -> str:
-    """Eight hex digits from every bit of the parameters, the same however they lie on devices (integer sums)."""
-    return f"{int(_bit_sum(params)):08x}"
-
-
-@jax.jit
-def _bit_sum(params: Params) -> Array:
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(params):
-        width = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-        weights = jnp.ones(leaf.shape, jnp.uint32)  # odd, and another one for each entry
-        for axis in range(leaf.ndim):
-            step = jnp.uint32((2654435761 * (2 * axis + 1) * 2) % 2**32)
-            weights += step * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        total = total * jnp.uint32(16777619) + jnp.sum(bits * weights, dtype=jnp.uint32)
-    return total
 
 
 def _check(model: ModelConfig, tokenizer: Tokenizer, config: PositionConfig, banned_ids: tuple[int, ...]) -> None:
