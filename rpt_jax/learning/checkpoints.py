@@ -57,7 +57,9 @@ def open_checkpoints(folder: str | Path, keep: int, read_only: bool = False) -> 
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep, enable_async_checkpointing=not read_only, read_only=read_only
     )
-    return ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
+    folder = epath.Path(folder)
+    where = folder if "://" in str(folder) else folder.resolve()  # which would make gs://bucket a local folder
+    return ocp.CheckpointManager(where, options=options)
 
 
 def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:

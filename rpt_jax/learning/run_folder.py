@@ -296,9 +296,10 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
             _copy(each, target / each.name)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".tmp")
+    part = target if "://" in str(target) else target.with_name(target.name + ".tmp")  # a bucket's objects are whole
     part.write_bytes(source.read_bytes())
-    part.replace(target)
+    if part != target:
+        part.replace(target)
 
 
 def _write_whole(path: Path, text: str) -> None:
