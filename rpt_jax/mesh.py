@@ -197,6 +197,23 @@ def batch_rows(batch: int, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.arange(start, stop) for start, stop in spans])
 
 
+def all_rows(tree, rows: np.ndarray, count: int):
+    """Host arrays of all `count` rows from those that each process has made of its own `rows`. A collective of several.
+
+    Rows that several processes have made are the same in all of them.
+    """
+    if jax.process_count() == 1:
+        return tree
+    rows_n, made = multihost_utils.process_allgather((rows, tree), tiled=True)
+
+    def whole(leaf):
+        filled = np.zeros((count, *leaf.shape[1:]), leaf.dtype)
+        filled[rows_n] = leaf
+        return filled
+
+    return jax.tree.map(whole, made)
+
+
 def to_global(tree, mesh: Mesh):
     """Global arrays, split by rows over data and fsdp, from each process's own rows (batch_rows says which)."""
     sharding = batch_sharding(mesh)

@@ -32,8 +32,8 @@ def groups_of(positions, agree, width=T):
         entropies_N=index_N.astype(np.float32),
     )
     rollouts = Rollouts(index_N[:, None, None] * live_NGR, lengths_NG, -0.5 * live_NGR, lengths_NG < 7)
-    answers = tuple((None, b"%d" % index) for index in index_N)
-    return Groups(tuple(positions), prompts, rollouts, answers, rewards_NG)
+    answered_NG = np.stack([index_N % 2 == 0, np.ones(N, bool)], axis=1)
+    return Groups(tuple(positions), prompts, rollouts, answered_NG, rewards_NG)
 
 
 @pytest.fixture
@@ -113,7 +113,8 @@ def test_rows_of_the_batch_belong_together_and_shapes_are_few(run_collect):
     groups, chosen, _, _, _ = run_collect({1, 2, 4})
     for n, index in enumerate(chosen):
         one = groups_of([Position(0, index, 0.0)] * N, {1, 2, 4})
-        assert groups.positions[n].index == index and groups.answers[n] == one.answers[0]
+        assert groups.positions[n].index == index
+        np.testing.assert_array_equal(groups.answered_NG[n], one.answered_NG[0])
         np.testing.assert_array_equal(groups.rewards_NG[n], one.rewards_NG[0])
         for name in ("lengths_N", "ids_N2", "truth_NX", "boundaries_NX", "entropies_N"):
             np.testing.assert_array_equal(getattr(groups.prompts, name)[n], getattr(one.prompts, name)[0])
@@ -126,17 +127,19 @@ def test_rows_of_the_batch_belong_together_and_shapes_are_few(run_collect):
 
 
 def test_metrics_by_hand():
-    """Two rounds: rewards 1 1 / 0 1 / 0 0 / 0 1 and 0 0 / 0 0 / 1 1 / 0 1; one of two rollouts has an answer."""
+    """Two rounds: rewards 1 1 / 0 1 / 0 0 / 0 1 and 0 0 / 0 0 / 1 1 / 0 1; six of eight have an answer."""
     parts = []
     for rewards in ([[1, 1], [0, 1], [0, 0], [0, 1]], [[0, 0], [0, 0], [1, 1], [0, 1]]):
         made = groups_of([Position(0, index, 0.0) for index in (6, 1, 2, 3)], set())
-        parts.append(Groups(made.positions, made.prompts, made.rollouts, made.answers, np.array(rewards, np.float32)))
+        parts.append(
+            Groups(made.positions, made.prompts, made.rollouts, made.answered_NG, np.array(rewards, np.float32))
+        )
     row = collect.describe(parts)
     lengths = [7, 2, 2, 2, 3, 3, 4, 4] * 2
     expected = {
         "reward": 7 / 16,
         "accuracy": 7 / 16,
-        "format_rate": 0.5,
+        "format_rate": 6 / 8,
         "solved_share": 5 / 8,
         "zero_variance_share": 5 / 8,
         "all_right_share": 2 / 8,
@@ -164,7 +167,7 @@ def test_rollouts_are_shown_as_they_are():
         (Position(1, toy.TARGET, 1.5),),
         Prompts(None, None, None, truth, np.array([[True, True, False, False]]), None),
         Rollouts(tokens_NGR, np.array([list(map(len, responses))]), None, np.array([[True, False]])),
-        ((b"4", None),),
+        np.array([[True, False]]),
         np.array([[1.0, 0.0]], np.float32),
     )
     source = Source(toy.config("unused"), toy.model(), tokenizer, None, toy.annotated().documents, (), None)

@@ -4,8 +4,9 @@ In: the position stream, the policy. Out: N prompts, G rollouts each, their rewa
 them. Paper: its training table, "dynamic sampling (drop groups that are all right or all wrong, refill)", which is
 DAPO's [arXiv 2503.14476, section 3.2]; how it refills is open.
 
-Every process holds the whole step on the host (prompts are short, rollouts are needed whole for the update), so rewards
-and choices are the same everywhere and a run resumes on any number of processes.
+Of several processes each reads the documents of its own rows, and parses and rewards what came of them; then all hold
+the whole step on the host (prompts are short, rollouts are needed whole for the update), so choices are the same
+everywhere and a run resumes on any number of processes.
 
 Dynamic sampling here. Rounds of N prompts (always N, so that nothing is compiled anew) until N groups disagree or the
 rounds are used up; then groups that agree fill the batch, with advantage 0. Groups beyond N: their positions go into
@@ -28,6 +29,7 @@ from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answer
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning.advantages import groups_agree
 from rpt_jax.learning.rewards import prefix_matching
+from rpt_jax.mesh import all_rows, batch_rows
 from rpt_jax.policy.sampler import sample
 from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
@@ -56,7 +58,7 @@ class Groups:
     positions: tuple[Position, ...]  # N
     prompts: Prompts
     rollouts: Rollouts
-    answers: tuple[tuple[bytes | None, ...], ...]  # N rows of G
+    answered_NG: np.ndarray  # bool, there is an answer to reward
     rewards_NG: np.ndarray
 
 
@@ -120,17 +122,23 @@ def roll(
     source: Source, params: Params, positions: tuple[Position, ...], key: Array
 ) -> tuple[Groups, tuple[float, float]]:
     """One round: prompts, G rollouts each, answers, rewards; and the seconds of sampling and of rewarding."""
-    config, tokenizer = source.config, source.tokenizer
+    config, tokenizer, N = source.config, source.tokenizer, len(positions)
     start = time.perf_counter()
-    prompts = assemble(tokenizer, source.template, config.prompt, source.documents, positions)
+    rows = batch_rows(N, source.mesh)
+    mine = [positions[row] for row in rows]
+    own = assemble(tokenizer, source.template, config.prompt, source.documents, mine)
+    wide = own.replace(tokens_NT=_resize(own.tokens_NT, config.prompt.max_tokens))  # in all processes alike
+    prompts = all_rows(wide, rows, N)
     prompts = prompts.replace(tokens_NT=_fit(prompts.tokens_NT, prompts.lengths_N))
     rollouts = sample(params, source.model, config.sample, prompts, key, source.end_ids)
     sampled = time.perf_counter()
     with jax.profiler.TraceAnnotation("reward"):
-        answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
-        rewards_NG = prefix_matching(answers, prompts)
+        responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
+        answers = parse_answers(tokenizer, *responses)
+        answered_NG = np.array([[answer is not None for answer in group] for group in answers])
+        answered_NG, rewards_NG = all_rows((answered_NG, prefix_matching(answers, own)), rows, N)
     seconds = sampled - start, time.perf_counter() - sampled
-    return Groups(positions, prompts, rollouts, tuple(map(tuple, answers)), rewards_NG), seconds
+    return Groups(positions, prompts, rollouts, answered_NG, rewards_NG), seconds
 
 
 def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
@@ -155,7 +163,7 @@ def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
         tuple(rounds[r].positions[row] for r, row in rows),
         prompts,
         rollouts,
-        tuple(rounds[r].answers[row] for r, row in rows),
+        gather(lambda part: part.answered_NG),
         gather(lambda part: part.rewards_NG),
     )
 
@@ -165,14 +173,14 @@ def describe(rounds: Sequence[Groups]) -> dict:
     rewards_NG = np.concatenate([part.rewards_NG for part in rounds])
     lengths_NG = np.concatenate([part.rollouts.lengths_NG for part in rounds])
     finished_NG = np.concatenate([part.rollouts.finished_NG for part in rounds])
-    answered = [answer is not None for part in rounds for row in part.answers for answer in row]
+    answered_NG = np.concatenate([part.answered_NG for part in rounds])
     agree_N = np.asarray(groups_agree(rewards_NG))
     any_right_N = (rewards_NG > 0).any(axis=1)
     slot_steps = sum(part.rollouts.slot_steps for part in rounds)
     return {
         "reward": float(rewards_NG.mean()),
         "accuracy": float((rewards_NG == 1).mean()),
-        "format_rate": float(np.mean(answered)),
+        "format_rate": float(answered_NG.mean()),
         "solved_share": float(any_right_N.mean()),
         "zero_variance_share": float(agree_N.mean()),
         "all_right_share": float((agree_N & any_right_N).mean()),
@@ -199,10 +207,13 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
         n, g = (i * N // count, i % G) if count <= N else divmod(i, G)
         position, prompts, rollouts = groups.positions[n], groups.prompts, groups.rollouts
         before = source.documents[position.document][max(0, position.index - SHOWN_CONTEXT) : position.index]
+        one = (
+            array[n : n + 1, g : g + 1] for array in (rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
+        )
+        ((answer,),) = parse_answers(source.tokenizer, *one)
         response = source.tokenizer.bytes_of(rollouts.tokens_NGR[n, g, : rollouts.lengths_NG[n, g]].tolist())
         truth = prompts.truth_NX[n].tobytes()
         first = int(np.argmax(prompts.boundaries_NX[n])) + 1
-        answer = groups.answers[n][g]
         yield {
             "step": step,
             "document": position.document,

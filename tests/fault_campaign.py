@@ -1,0 +1,144 @@
+"""Kills runs of the toy at chosen phases and random moments, restarts them, and compares them with one left alone.
+
+    python tests/fault_campaign.py --kills 20 --processes 1 2 --results experiments/results/faults.csv
+
+A row a run: what it was doing when the signal came, where it went on, and whether parameters, optimizer state and all
+rows of metrics, rollouts and evaluations are bitwise those of the run left alone. SIGKILL takes all processes, as the
+loss of a machine does; SIGTERM reaches one of them, and all must save and end. Two cores: about 15 s a run and process.
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import toy_run
+
+from rpt_jax.learning import checkpoints, run_folder
+
+STREAMS = run_folder.STREAMS
+UNLIKE = re.compile("seconds|second$|programs_compiled")  # names of figures that tell of time
+COLUMNS = ("processes", "signal", "phase", "step", "continued_from", "restarts", "same", "seconds")
+
+
+def start(folder: Path, processes: int):
+    return toy_run.start(folder, processes, devices=1, mesh=(processes, 1, 1))
+
+
+def whole(folder: Path, processes: int) -> None:
+    """Runs to the end."""
+    running = start(folder, processes)
+    errors = toy_run.finish(running)
+    assert not any(process.returncode for process in running), errors[0][-3000:]
+
+
+def rows(folder: Path) -> list[dict]:
+    """All that the run wrote, without times."""
+    every = [row | {"stream": name} for name in STREAMS for row in run_folder.read_rows(folder / name)]
+    return [{name: value for name, value in row.items() if not UNLIKE.search(name)} for row in every]
+
+
+def same(folder: Path, other: Path) -> bool:
+    """Bitwise, in parameters, optimizer state and rows."""
+    ours, theirs = (np.load(each / "state.npz") for each in (folder, other))
+    equal = all(np.array_equal(ours[name], theirs[name]) for name in theirs.files)
+    return ours.files == theirs.files and equal and rows(folder) == rows(other)
+
+
+def strike(running, folder: Path, number: int, wanted: str, randomly: random.Random) -> str:
+    """Sends the signal once the run is in the wanted phase, in one of its later occurrences; says the phase it met."""
+    phase_file, left, before = Path(f"{folder}.phase0"), randomly.randint(1, 6), ""
+    while left and running[0].poll() is None:
+        phase = phase_file.read_text() if phase_file.exists() else ""
+        left -= phase == wanted != before
+        before = phase
+        time.sleep(0.0005)
+    time.sleep(randomly.random() * 0.05)
+    met = phase_file.read_text()
+    for process in running if number == signal.SIGKILL else [randomly.choice(running)]:
+        process.send_signal(number)
+    return met
+
+
+def one_fault(folder: Path, alone: Path, processes: int, number: int, wanted: str, randomly: random.Random) -> dict:
+    """The row of one run that was struck and restarted."""
+    began = time.time()
+    Path(f"{folder}.phase0").unlink(missing_ok=True)
+    running = start(folder, processes)
+    met = strike(running, folder, number, wanted, randomly)
+    errors = toy_run.finish(running)
+    codes = {process.returncode for process in running}
+    came_late = codes == {0}  # the run had ended, or was about to
+    expected = {-signal.SIGKILL} if number == signal.SIGKILL else {128 + signal.SIGTERM}
+    assert came_late or codes == expected, (codes, errors[0][-3000:])
+    written = rows(folder)
+    step = max((row["step"] for row in written if row["stream"] == "metrics.jsonl"), default=0)
+    saved = checkpoints.newest_step(folder / "checkpoints")
+    if not came_late:
+        whole(folder, processes)
+    return {
+        "processes": processes,
+        "signal": signal.Signals(number).name,
+        "phase": met,
+        "step": step,
+        "continued_from": "" if saved is None else saved,
+        "restarts": int(not came_late),
+        "same": same(folder, alone),
+        "seconds": round(time.time() - began, 1),
+    }
+
+
+def strike_and_compare(folder: Path, processes: int, number: int, phase: str, seed: int) -> dict:
+    """The row of one run in `folder`, where the one left alone is made first, and what is compiled is kept."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    alone, struck = folder / f"alone_{processes}", folder / f"struck_{processes}_{number}_{phase}_{seed}"
+    if not (alone / "state.npz").exists():
+        whole(alone, processes)
+    row = one_fault(struck, alone, processes, number, phase, random.Random(seed))
+    shutil.rmtree(struck)
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="of each signal")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", default="experiments/results/faults.csv")
+    given = parser.parse_args()
+    results = Path(given.results)
+    is_new = not results.exists()
+    with tempfile.TemporaryDirectory() as folder, results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+
+        found = []
+
+        def report(row):
+            found.append(row)
+            writer.writerow(row)
+            file.flush()
+            print(row, flush=True)
+
+        every = itertools.product(given.processes, (signal.SIGKILL, signal.SIGTERM), range(given.kills))
+        for processes, number, index in every:
+            phase = toy_run.PHASES[index % len(toy_run.PHASES)]
+            report(strike_and_compare(Path(folder), processes, number, phase, given.seed + index))
+    lost = [row for row in found if not row["same"]]
+    print(f"{len(found)} runs struck, {len(found) - len(lost)} the same to the bit, {len(lost)} not")
+    raise SystemExit(bool(lost))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Claims: several processes make the run of one, to the bit where sums are of two; one continues what two began; hosts
+that differ are named; a run that was killed, or told to stop, ends as the one that was not."""
+
+import functools
+import signal
+import tempfile
+from pathlib import Path
+
+import fault_campaign
+import jax
+import numpy as np
+import pytest
+import toy_run
+
+from rpt_jax.learning import run_folder
+from rpt_jax.mesh import make_mesh
+
+STEPS = 20
+
+
+def alone(folder, mesh=(2, 1, 2), steps=STEPS):
+    """The run in this process, on as many of its devices."""
+    config = toy_run.settings(folder, steps, mesh)
+    return toy_run.run(config, mesh=make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))]))
+
+
+def test_two_processes_make_the_run_of_one_and_one_goes_on(tmp_path):
+    """Every figure to the bit: on (2, 1, 2) sums over devices have two terms, whoever adds them."""
+    both = toy_run.start(tmp_path / "two")
+    state = alone(tmp_path / "one")
+    errors = toy_run.finish(both)
+    assert [process.returncode for process in both] == [0, 0], errors
+    found = np.load(tmp_path / "two" / "state.npz")
+    for name, expected in toy_run.flat(state).items():
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
+    rows = fault_campaign.rows(tmp_path / "one")
+    assert any(row.get("queued") for row in rows) and any(row.get("rounds") == 2 for row in rows)
+    assert fault_campaign.rows(tmp_path / "two") == rows
+    alone(tmp_path / "two", mesh=(1, 1, 1), steps=STEPS + 3)
+    alone(tmp_path / "one", steps=STEPS + 3)
+    texts = [run_folder.read_rows(tmp_path / side / "rollouts.jsonl") for side in ("two", "one")]
+    assert texts[0] == texts[1] and texts[0][-1]["step"] == STEPS + 3
+    for ours, theirs in zip(*(fault_campaign.rows(tmp_path / side) for side in ("two", "one")), strict=True):
+        for name in ours.keys() & {"loss", "reward", "gradient_norm", "entropy", "mismatch_mean", "weight"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+
+
+def test_hosts_that_differ_are_named(tmp_path):
+    """Another seed on the second: both end, and say which."""
+    both = toy_run.start(tmp_path / "two", seeds=(4, 5))
+    for process, errors in zip(both, toy_run.finish(both), strict=True):
+        assert process.returncode == 1
+        assert "process 1 on host" in errors and "has another set of settings than process 0" in errors
+    assert not (tmp_path / "two").exists()
+
+
+@functools.cache
+def faults() -> Path:
+    """A folder for runs that share what is compiled, and the one that they are compared with."""
+    return Path(tempfile.mkdtemp())
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "phase"),
+    [
+        (1, signal.SIGKILL, "SAVE"),
+        (2, signal.SIGKILL, "UPDA"),
+        (2, signal.SIGTERM, "SAMP"),
+        (2, signal.SIGTERM, "EVAL"),
+    ],
+)
+def test_a_run_that_was_struck_ends_as_the_one_that_was_not(processes, number, phase, monkeypatch):
+    """The campaign in fault_campaign.py, with few faults."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "")  # what the campaign changes is put back
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+    row = fault_campaign.strike_and_compare(faults(), processes, number, phase, seed=processes)
+    assert row["same"] and row["restarts"] == 1, row
+    if number == signal.SIGTERM:
+        assert row["continued_from"] == row["step"]
