@@ -45,6 +45,14 @@ QWEN = dataclasses.replace(  # 1.5B, a response limit of 4,096 tokens
     prompt=PromptConfig(max_tokens=512),
     sample=SampleConfig(group_size=8, max_tokens=4096),
 )
+QWEN_14B = dataclasses.replace(
+    QWEN,
+    batch_size=256,
+    model=dataclasses.replace(
+        QWEN.model, vocab_size=152064, width=5120, layers=48, heads=40, kv_heads=8, hidden=13824, tied_head=False
+    ),
+    sample=SampleConfig(group_size=8, max_tokens=8192),
+)
 
 
 @LIBTPU
@@ -71,15 +79,19 @@ def test_a_small_model_is_planned(tmp_path, capsys):
 
 
 @LIBTPU
-@pytest.mark.parametrize(("topology", "tensor", "slots"), [("v5e:4x4", 2, 128), ("v5p:2x2x4", 1, 0)])
-def test_decode_of_a_1_5b_model_copies_no_cache(topology, tensor, slots):
-    """Temporaries are below a tenth of it; also with one kv head a chip, and slots that were refilled."""
+@pytest.mark.parametrize(
+    ("config", "topology", "tensor", "slots"),
+    [(QWEN, "v5e:4x4", 2, 128), (QWEN, "v5p:2x2x4", 1, 0), (QWEN_14B, "v5e:16x16", 8, 256)],
+)
+def test_decode_copies_neither_cache_nor_weights(config, topology, tensor, slots):
+    """Temporaries are below a tenth of the cache; also with one kv head a chip, slots that were refilled, and a hidden
+    width of a chip that does not fill its lanes (13,824 / 8)."""
     from rpt_jax.mesh import make_mesh
     from rpt_jax.study import plan_phases
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=tensor), plan._devices(topology))
-    sample = dataclasses.replace(QWEN.sample, slots=slots)
-    job = plan_phases.Job(QWEN.model, QWEN.batch_size, QWEN.prompt, sample, QWEN.update, mesh)
+    sample = dataclasses.replace(config.sample, slots=slots)
+    job = plan_phases.Job(config.model, config.batch_size, config.prompt, sample, config.update, mesh)
     memory = plan_phases.phases(job)["decode"]()
     assert memory.cache > 800 << 20
     assert memory.temporaries + memory.outputs < 0.1 * memory.cache

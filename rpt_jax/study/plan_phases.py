@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.config import ModelConfig, PromptConfig, SampleConfig, UpdateConfig, parts_of_groups
 from rpt_jax.learning import update
-from rpt_jax.mesh import BATCH, batch_parts, copies_of_heads, param_shardings, replicated, whole_over_fsdp
+from rpt_jax.mesh import BATCH, batch_parts, copies_of_heads, param_shardings, replicated
 from rpt_jax.policy import caches, decoder, sampler, slots
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.stream import QUERIES, packed, packed_prompts
@@ -111,7 +111,7 @@ def sampling_params(job: Job):
 
     def copied(path, x):
         dtype = decoder.sampling_dtype(path, x, job.model)
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole_over_fsdp(x.sharding))
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=decoder.sampling_format(path, x, x.sharding))
 
     return jax.tree_util.tree_map_with_path(copied, train_state(job).params)
 
