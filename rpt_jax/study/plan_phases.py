@@ -89,6 +89,14 @@ def bytes_on_chip(tree) -> int:
     )
 
 
+def state_bytes(model: ModelConfig, config: UpdateConfig) -> int:
+    """Of parameters and optimizer state, on all chips together."""
+    params = decoder.shapes(model)
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    state = jax.eval_shape(update.make_optimizer(config, 1).init, wide)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+
+
 def train_state(job: Job) -> update.TrainState:
     """Parameters and optimizer state, as an update has them."""
     shapes = decoder.shapes(job.model)
