@@ -8,7 +8,7 @@ memory and interconnect, each at its peak, which no run reaches.
 import functools
 from dataclasses import dataclass, field
 
-from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
+from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig, parts_of_groups
 from rpt_jax.policy import flops
 from rpt_jax.policy.slots import first_seating
 from rpt_jax.records import InputError
@@ -89,22 +89,35 @@ def _weights(model: ModelConfig) -> int:
 
 
 def collective_bytes(config: PlanRun, phase: str) -> float:
-    """Bytes that a chip sends in a phase: weights gathered over fsdp, activations summed over tensor, gradients."""
+    """Bytes that a chip sends in a phase: weights gathered over fsdp, activations summed over tensor, gradients.
+
+    By rings: a chip sends (1 - 1/n) of what n chips gather or scatter, and twice that of what they sum up. Activations
+    are summed over `tensor` behind the embedding and twice a layer, in the backward pass twice a layer again (and once
+    for layers that are computed again) and before the head, in float32. Layers are gathered by each microbatch,
+    forward and backward, embedding and head once. Left out: what is small beside it (softmax, draws), and the keys'
+    and values' gradients of heads that several chips share, which are summed block by block.
+    """
     model, mesh = config.model, config.mesh
     size = 2 if model.dtype == "bfloat16" else 4
-    N, prompts, _, responses = _tokens(config)
-    units = mesh.data * mesh.fsdp
-    weights = _weights(model) * size / mesh.tensor * (1 - 1 / mesh.fsdp)
-    summed = 2 * model.layers * model.width * size * 2 * (1 - 1 / mesh.tensor) / units  # of a token, forward
+    _, prompts, _, responses = _tokens(config)
+    units, parts = mesh.data * mesh.fsdp, config.update.microbatches
+    table = model.vocab_size * model.width  # the head, and the embedding where that is another
+    tables = table * (1 if model.tied_head else 2)
+    layers = _weights(model) - table
+    once, gather = size / mesh.tensor, 1 - 1 / mesh.fsdp
+    a_sum = 2 * (1 - 1 / mesh.tensor) * model.width / units  # of a token, numbers
+    forward = (2 * model.layers + 1) * a_sum * size
     if phase == "prefill":
-        return weights + prompts * summed
+        return (layers + tables) * once * gather + prompts * forward
     if phase == "decode":
-        return responses * summed
-    passes = config.update.microbatches * weights
+        return responses * forward
+    prompts *= parts_of_groups(config.batch_size, config.sample.group_size, units * parts)  # each with its prompt
     if phase == "score":
-        return passes + (prompts + responses) * summed
-    gradients = _weights(model) * 4 / mesh.tensor * (1 - 1 / units) * config.update.microbatches
-    return 2 * passes + gradients + 3 * (prompts + responses) * summed
+        return (parts * layers + tables) * once * gather + (prompts + responses) * forward
+    backward = (3 if model.remat == "layer" else 2) * model.layers * a_sum * size
+    gathered = (2 * parts * layers + tables) * once * gather
+    gradients = parts * (layers + tables) * once * (1 - 1 / units)
+    return gathered + gradients + (prompts + responses) * (forward + backward) + responses * a_sum * 4
 
 
 def step_seconds(config: PlanRun) -> float:
