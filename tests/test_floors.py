@@ -64,6 +64,8 @@ ORDER = [
     "rpt_jax.study.plots",
     "rpt_jax.study.report",
     "rpt_jax.study.plan_phases",
+    "rpt_jax.study.plan_estimate",
+    "rpt_jax.study.plan_search",
     "rpt_jax.study.plan",
     "rpt_jax.study.simulate",
     "rpt_jax.study.bench",

@@ -233,3 +233,18 @@ def test_sampling_reads_a_copy_that_is_whole_over_fsdp():
     assert all(
         a is b for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(decoder.gathered(copy, model)), strict=True)
     )
+
+
+def test_a_layout_of_its_own_changes_no_rollout(monkeypatch):
+    """The order of axes that TPUs sample with, on this platform; kept where it lies so already."""
+    monkeypatch.setattr(decoder, "REORDERED", ("cpu",))
+    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = meshes.place(policy(), meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy()))
+    for params in (policy(), placed):
+        copy = decoder.gathered(params, MODEL)
+        assert copy["layers"]["wq"].format.layout.major_to_minor == (0, 2, 3, 1)
+        assert copy["layers"]["wo"].format.layout.major_to_minor == (0, 1, 2, 3)
+        jax.tree.map(np.testing.assert_array_equal, copy, policy())
+        again = decoder.gathered(copy, MODEL)
+        assert all(a is b for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(again), strict=True))
+    assert_same(sample(params=copy), rollouts())

@@ -1,9 +1,8 @@
 """`rpt plan`: does an experiment fit on a TPU slice, and how long would it take? Before a chip is rented.
 
 In: an experiment and the name of a slice. Out: memory of each phase on one chip, as libtpu compiles it here without a
-TPU (plan_phases.py), and an estimate of the seconds: the slowest of arithmetic, memory and interconnect at their
-peaks, which no run reaches. Every prompt and response is taken as long as it may be, unless --response-tokens says how
-long responses are on average; memory is always that of the longest.
+TPU (plan_phases.py), and an estimate of the seconds (plan_estimate.py). Where it does not fit, also the nearest
+settings that do (plan_search.py).
 """
 
 import contextlib
@@ -13,70 +12,82 @@ import importlib.util
 import logging
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from rpt_jax.config import Config, MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig, parts_of_groups
-from rpt_jax.policy import flops
-from rpt_jax.policy.slots import first_seating
+from rpt_jax.config import Config, MeshConfig
 from rpt_jax.records import InputError
+from rpt_jax.study import plan_search
+from rpt_jax.study.plan_estimate import (
+    PHASES,
+    PlanRun,
+    chip_of,
+    collective_bytes,
+    model_flops,
+    seconds,
+    step_seconds,
+)
 
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
 HEADROOM = 0.95  # share of the memory that programs may take: the runtime keeps some
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What a chip has, by Google's published tables [cloud.google.com/tpu/docs, system architecture]."""
-
-    hbm_gib: float
-    flops: float  # a second, bfloat16
-    hbm: float  # bytes a second
-    ici: float  # bytes a second, out of a chip
-
-
-CHIPS = {
-    "v4": Chip(32, 275e12, 1228e9, 300e9),
-    "v5e": Chip(16, 197e12, 819e9, 200e9),
-    "v5p": Chip(95, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32, 918e12, 1640e9, 448e9),
-}
-
-
-@dataclass(frozen=True)
-class PlanRun:
-    """Memory and seconds of each phase of a step on a TPU slice, without one."""
-
-    topology: str = "v5e:4x4"  # chip:sizes of the slice; whole hosts: v5e:2x2 is the smallest
-    choose_mesh: bool = False  # or --mesh auto: the fastest mesh that fits, by estimate
-    response_tokens: int = 0  # of a response on average, for seconds; 0: sample.max_tokens
-    steps: int = 1000  # updates of the run
-    batch_size: int = 256  # N, prompts a step
-    model: ModelConfig = field(default_factory=ModelConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    update: UpdateConfig = field(default_factory=UpdateConfig)
+MOST = 20  # compilations of a search for what fits; each takes 5 to 90 s at 14B
 
 
 def plan(config: PlanRun) -> dict:
     """{topology, mesh, fits, hbm_gib, phases, step_s_estimate, chip_hours_estimate}; memory is in GiB a chip.
 
-    Where it does not fit also {remedy, largest_gib}.
+    Where it does not fit also {largest_gib, nearest, tried, remedy}: the largest groups of arrays; {overrides,
+    largest_gib}, the flags with which it would fit, or None where nothing that was tried does; what was; and the same
+    in words. What shapes alone rule out is not compiled: `phases` is then empty, and `mesh` where none would do.
 
     Raises InputError for a slice that libtpu does not know and for settings that do not divide over it.
     """
-    chip = chip_of(config.topology)
-    devices = _devices(config.topology)
+    chips = len(_devices(config.topology))
     Config(batch_size=config.batch_size, model=config.model, sample=config.sample, update=config.update).check()
-    meshes = candidates(config, len(devices)) if config.choose_mesh else [config.mesh]
+    measure = _measuring()
     with _without_cache():
-        for mesh in meshes:
-            figures = _planned(dataclasses.replace(config, mesh=mesh), chip, devices, whole=mesh is meshes[-1])
-            if figures["fits"]:
-                break
-    return figures
+        if least_gib(config) > room(config):
+            figures = _figures(config, {})
+        else:
+            if not config.choose_mesh:
+                meshes = [_resolved(config)]
+            else:
+                every = [dataclasses.replace(config, mesh=mesh) for mesh in plan_search.candidates(config, chips)]
+                meshes = [trial for trial in every if may_fit(trial)] or every[:1]
+            for trial in meshes:
+                figures = _planned(trial, measure, whole=trial is meshes[-1])
+                if figures["fits"]:
+                    break
+            config = trial
+        return figures if figures["fits"] else figures | _nearest(config, figures, measure)
+
+
+def room(config: PlanRun) -> float:
+    """GiB of a chip that programs may take."""
+    return chip_of(config.topology).hbm_gib * HEADROOM
+
+
+def least_gib(config: PlanRun) -> float:
+    """Of parameters and optimizer state on a chip, if they were split evenly over all: no mesh needs less."""
+    from rpt_jax.study import plan_phases
+
+    return plan_phases.state_bytes(config.model, config.update) / plan_search.chips_of(config.topology) / GIB
+
+
+def may_fit(config: PlanRun) -> bool:
+    """Whether what lies on a chip while it samples, by shapes alone and with one group of rollouts a unit, fits."""
+    from rpt_jax.study import plan_phases
+
+    if least_gib(config) > room(config):
+        return False
+    fewest = config.mesh.data * config.mesh.fsdp * config.sample.group_size
+    job = _job(dataclasses.replace(config, sample=dataclasses.replace(config.sample, slots=fewest)))
+    lies = plan_phases.train_state(job), plan_phases.sampling_params(job)
+    if plan_phases.bytes_on_chip(lies) / GIB > room(config):
+        return False
+    lies = *lies, plan_phases.prefilled(job), plan_phases.decode_state(job, job.sample.max_tokens)
+    return plan_phases.bytes_on_chip(lies) / GIB <= room(config)
 
 
 @contextlib.contextmanager
@@ -100,24 +111,23 @@ def shown(figures: dict) -> str:
         seconds = f"{row['roofline_s']:17.1f}" if "roofline_s" in row else ""
         lines.append("{:10}{:11.1f}{:11.1f}{:9.1f}{:13.1f}".format(name, *gib) + seconds)
     axes = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
-    most = max(row["total_gib"] for row in figures["phases"].values())
-    verdict = "fits" if figures["fits"] else "does not fit"
     lines = [f"{figures['topology']} as {axes}, GiB a chip:", *lines, ""]
-    lines.append(f"{verdict}: {most:.1f} of {figures['hbm_gib']:g} GiB a chip at most")
+    if figures["phases"]:
+        most = max(row["total_gib"] for row in figures["phases"].values())
+        verdict = "fits" if figures["fits"] else "does not fit"
+        lines.append(f"{verdict}: {most:.1f} of {figures['hbm_gib']:g} GiB a chip at most")
+    else:
+        lines = [
+            f"{figures['topology']} does not fit, by the shapes of arrays on a chip of {figures['hbm_gib']:g} GiB:"
+        ]
     for name, size in list(figures.get("largest_gib", {}).items())[:4]:
         lines.append(f"  {name}: {size:.1f} GiB")
     if "remedy" in figures:
         lines.append(figures["remedy"])
-    step, hours = figures["step_s_estimate"], figures["chip_hours_estimate"]
-    return "\n".join([*lines, f"estimate: {step:.0f} s a step and {hours:.0f} chip-hours at least, all at peak speed"])
-
-
-def chip_of(topology: str) -> Chip:
-    """The chip that a slice is made of."""
-    name = topology.partition(":")[0]
-    if name not in CHIPS:
-        raise InputError(f"topology={topology!r}: name a slice of {', '.join(CHIPS)}, such as v5p:4x4x4")
-    return CHIPS[name]
+    if "step_s_estimate" in figures:
+        step, hours = figures["step_s_estimate"], figures["chip_hours_estimate"]
+        lines.append(f"estimate: {step:.0f} s a step and {hours:.0f} chip-hours at least, all at peak speed")
+    return "\n".join(lines)
 
 
 def _devices(topology: str) -> list:
@@ -138,49 +148,71 @@ def _devices(topology: str) -> list:
     return list(found.devices)
 
 
-def candidates(config: PlanRun, chips: int) -> list[MeshConfig]:
-    """Meshes that everything divides over, the fastest by estimate first; whether they fit is for the compiler."""
-    found = []
-    for tensor in (size for size in range(1, config.model.heads + 1) if chips % size == 0):
-        mesh = MeshConfig(data=1, fsdp=chips // tensor, tensor=tensor)
-        trial = dataclasses.replace(config, mesh=mesh)
-        if _divides(trial):
-            found.append((step_seconds(trial), tensor, mesh))
-    if not found:
-        raise InputError(
-            f"mesh: no split of {chips} chips divides batch_size={config.batch_size} and the model: use a batch_size "
-            f"that {chips} divides"
-        )
-    return [mesh for _, _, mesh in sorted(found, key=lambda each: each[:2])]
+def _resolved(config: PlanRun) -> PlanRun:
+    """With the sizes of the mesh as they are on this slice."""
+    from rpt_jax.mesh import make_mesh
+
+    shape = make_mesh(config.mesh, _devices(config.topology)).shape
+    return dataclasses.replace(config, mesh=MeshConfig(**shape))
 
 
-def _divides(config: PlanRun) -> bool:
-    model, units, tensor = config.model, config.mesh.fsdp, config.mesh.tensor
-    if config.batch_size % units or any(size % tensor for size in (model.heads, model.hidden, model.vocab_size)):
-        return False
-    if model.kv_heads % tensor and tensor % model.kv_heads or model.width % units:
-        return False
-    try:
-        parts_of_groups(config.batch_size, config.sample.group_size, units * config.update.microbatches)
-    except InputError:
-        return False
-    return True
-
-
-def _planned(config: PlanRun, chip: Chip, devices: list, whole: bool) -> dict:
-    """Figures of one mesh; unless `whole`, phases behind one that does not fit are left out."""
+def _job(config: PlanRun):
     from rpt_jax.mesh import make_mesh
     from rpt_jax.study import plan_phases
 
-    mesh = make_mesh(config.mesh, devices)
-    shape = dict(mesh.shape)
-    config = dataclasses.replace(config, mesh=MeshConfig(**shape))
-    job = plan_phases.Job(config.model, config.batch_size, config.prompt, config.sample, config.update, mesh)
-    rows, peaks = {}, {}
-    for name, compiled in plan_phases.phases(job).items():
+    mesh = make_mesh(config.mesh, _devices(config.topology))
+    return plan_phases.Job(config.model, config.batch_size, config.prompt, config.sample, config.update, mesh)
+
+
+def _measuring() -> Callable:
+    """measure(config, phase) -> its Memory, None for a phase that these settings do not have; compiled once.
+
+    Settings that a phase does not look at make no difference.
+    """
+    from rpt_jax.study import plan_phases
+
+    @functools.cache
+    def compiled(config, phase):
+        found = plan_phases.phases(_job(config))
+        if phase not in found:
+            return None
         began = time.perf_counter()
-        memory = compiled()
-        peaks[name] = memory
+        memory = found[phase]()
+        verdict = "" if memory.total / GIB <= room(config) else f" of {room(config):.1f}: does not fit"
+        took = time.perf_counter() - began
+        log.info("%s: %.1f GiB a chip%s, compiled in %.0f s", phase, memory.total / GIB, verdict, took)
+        return memory
+
+    def measure(config, phase):
+        if phase in ("prefill", "update", "score"):
+            config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, slots=0))
+        if phase not in ("update", "score"):
+            update = dataclasses.replace(config.update, microbatches=1)
+            config = dataclasses.replace(config, update=update, model=dataclasses.replace(config.model, remat="none"))
+        return compiled(config, phase)
+
+    measure.compiled = lambda: compiled.cache_info().misses
+    return measure
+
+
+def _planned(config: PlanRun, measure: Callable, whole: bool) -> dict:
+    """Figures of one mesh; unless `whole`, phases behind one that does not fit are left out."""
+    from rpt_jax.study import plan_phases
+
+    if not may_fit(config):
+        return _figures(config, {})
+    peaks = {}
+    for name in plan_phases.phases(_job(config)):
+        peaks[name] = measure(config, name)
+        if not whole and peaks[name].total / GIB > room(config):
+            break
+    return _figures(config, peaks)
+
+
+def _figures(config: PlanRun, peaks: dict) -> dict:
+    """What `plan` returns, from the Memory of each phase; of none where shapes have said enough."""
+    rows = {}
+    for name, memory in peaks.items():
         rows[name] = {
             "argument_gib": (memory.arguments + memory.resident) / GIB,
             "temp_gib": (memory.temporaries + memory.outputs) / GIB,
@@ -193,44 +225,51 @@ def _planned(config: PlanRun, chip: Chip, devices: list, whole: bool) -> dict:
                 "model_flops": model_flops(config, name),
                 "roofline_s": seconds(config, name),
             }
-        if not whole and memory.total / GIB > chip.hbm_gib * HEADROOM:
-            log.info("%s does not fit on %s: the next mesh", name, shape)
-            return {"fits": False}
-        log.info("%s: %.1f GiB a chip, compiled in %.0f s", name, memory.total / GIB, time.perf_counter() - began)
-    room = chip.hbm_gib * HEADROOM
-    fits = all(memory.total / GIB <= room for memory in peaks.values())
-    step = step_seconds(config)
+    fits = bool(rows) and all(row["total_gib"] <= room(config) for row in rows.values())
+    split = least_gib(config) <= room(config)  # or no mesh has been looked at
     figures = {
         "topology": config.topology,
-        "mesh": shape,
+        "mesh": {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")} if split else {},
         "fits": fits,
-        "hbm_gib": chip.hbm_gib,
+        "hbm_gib": chip_of(config.topology).hbm_gib,
         "phases": rows,
-        "step_s_estimate": step,
-        "chip_hours_estimate": step * config.steps * len(devices) / 3600,
     }
+    if split:
+        step, chips = step_seconds(config), plan_search.chips_of(config.topology)
+        figures |= {"step_s_estimate": step, "chip_hours_estimate": step * config.steps * chips / 3600}
     if not fits:
-        figures["remedy"] = remedy(config, {name: memory.total / GIB for name, memory in peaks.items()}, room)
-        figures["largest_gib"] = _largest(job)
+        figures["largest_gib"] = (
+            _largest(_job(config)) if split else {"parameters and optimizer state": least_gib(config)}
+        )
     return figures
 
 
-def remedy(config: PlanRun, totals: dict[str, float], room: float) -> str:
-    """What would make the phases that do not fit smaller."""
-    found = []
-    if max(totals.get(name, 0) for name in ("decode", "refill", "grow", "shrink")) > room:
-        fewest = config.mesh.data * config.mesh.fsdp * config.sample.group_size  # a group in every unit
-        fewer = f"sample.slots={max(fewest, _slots(config) // 2)} (rollouts decoded at one time), or "
-        found.append(f"{fewer if _slots(config) > fewest else ''}more chips for `tensor`")
-    if max(totals.get(name, 0) for name in ("score", "update")) > room:
-        more = 2 * config.update.microbatches
-        if config.batch_size * config.sample.group_size % (more * config.mesh.data * config.mesh.fsdp) == 0:
-            found.append(f"update.microbatches={more}")
-        if config.model.remat != "layer":
-            found.append("model.remat=layer")
-    if totals.get("prefill", 0) > room:
-        found.append(f"batch_size={config.batch_size // 2}, or a shorter prompt.max_tokens")
-    return "try " + "; ".join(found or ["a larger slice"]) + "; or a larger slice"
+def _nearest(config: PlanRun, figures: dict, measure: Callable) -> dict:
+    """{nearest, tried, remedy} after a search of MOST compilations at most."""
+    from rpt_jax.study import plan_phases
+
+    asked, before, tried = dataclasses.replace(config, choose_mesh=False), measure.compiled(), {}
+
+    def fits(trial, phase):
+        tried[" ".join(plan_search.overrides(asked, trial))] = True
+        if measure.compiled() - before >= MOST:
+            return False
+        memory = measure(trial, phase)
+        return memory is None or memory.total / GIB <= room(trial)
+
+    failed = [name for name, row in figures["phases"].items() if row["total_gib"] > room(config)]
+    log.info("does not fit: looking for settings that do, with %d compilations at most", MOST)
+    found = plan_search.nearest(asked, failed, fits, may_fit)
+    tried = [words for words in tried if words]
+    if found is None:
+        number = (
+            f"none of the {len(tried)} settings that were tried fits" if tried else "no setting that may fit is known"
+        )
+        return {"nearest": None, "tried": tried, "remedy": f"{number}: a smaller model, or another kind of chip"}
+    words = plan_search.overrides(asked, found)
+    largest = max(measure(found, phase).total for phase in plan_phases.phases(_job(found))) / GIB
+    remedy = f"it would fit, {largest:.1f} GiB a chip at most, with: {' '.join(words)}"
+    return {"nearest": {"overrides": words, "largest_gib": largest}, "tried": tried, "remedy": remedy}
 
 
 def _largest(job) -> dict[str, float]:
@@ -249,82 +288,3 @@ def _largest(job) -> dict[str, float]:
     }
     sizes = {name: plan_phases.bytes_on_chip(tree) / GIB for name, tree in groups.items()}
     return dict(sorted(sizes.items(), key=lambda each: -each[1]))
-
-
-PHASES = ("prefill", "decode", "score", "update")  # those with an estimate of time
-
-
-def _slots(config: PlanRun) -> int:
-    """Rollouts decoded at one time: whole groups in every unit."""
-    units = config.mesh.data * config.mesh.fsdp
-    seating, _ = first_seating(config.batch_size // units, config.sample.group_size, units, config.sample.slots)
-    return seating.rollouts_US.size
-
-
-def _tokens(config: PlanRun) -> tuple[int, int, int, int]:
-    """(prompts, their tokens, rollouts, their tokens) of a step."""
-    N, G = config.batch_size, config.sample.group_size
-    return N, N * config.prompt.max_tokens, N * G, N * G * (config.response_tokens or config.sample.max_tokens)
-
-
-def model_flops(config: PlanRun, phase: str) -> float:
-    """Useful FLOPs of a phase on the whole slice; nothing that is computed twice counts twice."""
-    N, prompts, rollouts, responses = _tokens(config)
-    both = flops.sampling(config.model, N, prompts, rollouts, responses)
-    first = flops.forward(config.model, prompts, prompts / N / 2, N)
-    return {"prefill": first, "decode": both - first, "score": both, "update": 3 * both}[phase]
-
-
-@functools.cache
-def _weights(model: ModelConfig) -> int:
-    """Parameters that a pass reads: of an embedding that is not the head only a few rows."""
-    D, H, K, C, F = model.width, model.heads, model.kv_heads, model.head_channels, model.hidden
-    layers = model.layers * (D * C * (2 * H + 2 * K) + 3 * D * F)
-    return layers + model.vocab_size * D
-
-
-def collective_bytes(config: PlanRun, phase: str) -> float:
-    """Bytes that a chip sends in a phase: weights gathered over fsdp, activations summed over tensor, gradients."""
-    model, mesh = config.model, config.mesh
-    size = 2 if model.dtype == "bfloat16" else 4
-    N, prompts, _, responses = _tokens(config)
-    units = mesh.data * mesh.fsdp
-    weights = _weights(model) * size / mesh.tensor * (1 - 1 / mesh.fsdp)
-    summed = 2 * model.layers * model.width * size * 2 * (1 - 1 / mesh.tensor) / units  # of a token, forward
-    if phase == "prefill":
-        return weights + prompts * summed
-    if phase == "decode":
-        return responses * summed
-    passes = config.update.microbatches * weights
-    if phase == "score":
-        return passes + (prompts + responses) * summed
-    gradients = _weights(model) * 4 / mesh.tensor * (1 - 1 / units) * config.update.microbatches
-    return 2 * passes + gradients + 3 * (prompts + responses) * summed
-
-
-def step_seconds(config: PlanRun) -> float:
-    """Of all phases that each step has; the extra rounds of dynamic sampling are not among them."""
-    phases = PHASES if config.update.kl_coefficient else [phase for phase in PHASES if phase != "score"]
-    return sum(seconds(config, phase) for phase in phases)
-
-
-def seconds(config: PlanRun, phase: str) -> float:
-    """The slowest of arithmetic, memory and interconnect, each at its peak."""
-    chip, mesh = chip_of(config.topology), config.mesh
-    chips = mesh.data * mesh.fsdp * mesh.tensor
-    size = 2 if config.model.dtype == "bfloat16" else 4
-    passes = {"score": config.update.microbatches, "update": 3 * config.update.microbatches}.get(phase, 1)
-    read = _weights(config.model) * size / mesh.tensor * passes
-    if phase == "decode":
-        _, _, rollouts, responses = _tokens(config)
-        tokens = config.response_tokens or config.sample.max_tokens
-        seen = config.prompt.max_tokens / (1 if config.sample.slots else config.sample.group_size) + tokens / 2
-        cached = 2 * config.model.layers * config.model.kv_heads * config.model.head_channels * size
-        copies = max(1, mesh.tensor // config.model.kv_heads)
-        calls = tokens * rollouts / _slots(config)
-        read = read * calls + responses * seen * cached * copies / chips
-    return max(
-        model_flops(config, phase) / chips / chip.flops,
-        read / chip.hbm,
-        collective_bytes(config, phase) / chip.ici,
-    )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.config import ModelConfig, PromptConfig, SampleConfig, UpdateConfig, parts_of_groups
 from rpt_jax.learning import update
-from rpt_jax.mesh import BATCH, batch_parts, copies_of_heads, param_shardings, replicated, whole_over_fsdp
+from rpt_jax.mesh import BATCH, batch_parts, copies_of_heads, param_shardings, replicated
 from rpt_jax.policy import caches, decoder, sampler, slots
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.stream import QUERIES, packed, packed_prompts
@@ -89,6 +89,14 @@ def bytes_on_chip(tree) -> int:
     )
 
 
+def state_bytes(model: ModelConfig, config: UpdateConfig) -> int:
+    """Of parameters and optimizer state, on all chips together."""
+    params = decoder.shapes(model)
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    state = jax.eval_shape(update.make_optimizer(config, 1).init, wide)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+
+
 def train_state(job: Job) -> update.TrainState:
     """Parameters and optimizer state, as an update has them."""
     shapes = decoder.shapes(job.model)
@@ -111,7 +119,7 @@ def sampling_params(job: Job):
 
     def copied(path, x):
         dtype = decoder.sampling_dtype(path, x, job.model)
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole_over_fsdp(x.sharding))
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=decoder.sampling_format(path, x, x.sharding))
 
     return jax.tree_util.tree_map_with_path(copied, train_state(job).params)
 
