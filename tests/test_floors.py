@@ -58,6 +58,8 @@ ORDER = [
     "rpt_jax.learning.progress",
     "rpt_jax.learning.train",
     "rpt_jax.study.evaluate",
+    "rpt_jax.study.power_law",
+    "rpt_jax.study.bootstrap",
     "rpt_jax.study.scaling",
     "rpt_jax.study.patterns",
     "rpt_jax.study.plots",
