@@ -63,6 +63,7 @@ ORDER = [
     "rpt_jax.study.scaling",
     "rpt_jax.study.patterns",
     "rpt_jax.study.plots",
+    "rpt_jax.study.scaling_plot",
     "rpt_jax.study.report",
     "rpt_jax.study.plan_phases",
     "rpt_jax.study.plan",
@@ -77,6 +78,9 @@ ORDER = [
     "rpt_jax.study.quickstart",
     "rpt_jax.convert",
     "rpt_jax.commands",
+    "rpt_jax.study.claims",
+    "rpt_jax.study.sweep_cell",
+    "rpt_jax.study.sweep",
     "rpt_jax.cli",
 ]
 ROOMS = {name.rpartition(".")[0] for name in ORDER}

@@ -114,7 +114,7 @@ def squares_at_coefficient(
 
     A changes by many powers of ten with alpha, so the trial curves go by a: alpha = ln(A / a) / ln Cmin.
     """
-    missing_J = np.geomspace(1e-3, 30.0, 400)
+    missing_J = np.geomspace(1e-3, 2.0, 500)  # a law below P* - 2 at Cmin would be far below 0 there
     alpha_J = (log_coefficient - np.log(missing_J)) / np.log(cells.compute_N.min())
     possible_J = (alpha_J >= LOWEST) & (alpha_J <= HIGHEST)
     if not possible_J.any():
