@@ -1,5 +1,5 @@
-"""Claims: points are means over seeds with the errors of such means, a law is drawn only where there is one, every split
-has its panel and every size its colour."""
+"""Claims: points are means over seeds with the errors of such means, a law is drawn only where there is one, every
+split has its panel and every size its colour."""
 
 import numpy as np
 import pytest
