@@ -80,6 +80,7 @@ ORDER = [
     "rpt_jax.commands",
     "rpt_jax.study.claims",
     "rpt_jax.study.sweep_cell",
+    "rpt_jax.study.sweep_xpk",
     "rpt_jax.study.sweep",
     "rpt_jax.cli",
 ]

@@ -1,11 +1,10 @@
 """Claims: each cell is run once, by whichever worker; rows that are there are skipped; a failure is a row and ends
-nothing; what was broken off can go on; cells made with other settings are not mixed; launch commands name each cell.
-Cells are stand-ins (a line of Python) here; test_sweep_cell.py has real ones."""
+nothing; what was broken off can go on; cells made with other settings are not mixed; launch commands are only
+printed. Cells are stand-ins (a line of Python) here; test_sweep_cell.py has real ones."""
 
 import csv
 import json
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -13,10 +12,11 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from rpt_jax.records import InputError
-from rpt_jax.study import claims, sweep, sweep_cell
+from rpt_jax.study import claims, sweep, sweep_cell, sweep_xpk
 from rpt_jax.study.sweep import SweepSettings
 
 EXPERIMENT = """
@@ -207,25 +207,26 @@ def test_workers_have_their_shares_of_the_cores(monkeypatch):
     assert sweep.shares_of_cores(SweepSettings(workers=1)) == [""]
 
 
-def test_launch_commands_name_each_cell_and_run_nothing(experiment, settings, stand_in, capsys):
-    xpk = sweep.Xpk("pod", "v5litepod-16", 2, image="eu/rpt", zone="z")
-    figures = sweep.sweep(str(experiment), SweepSettings(print_xpk=True, xpk=xpk, **settings))
-    lines = capsys.readouterr().out.splitlines()
-    assert figures == {"cells": 8} and len(lines) == 8 and not ran(settings)
-    words = shlex.split(lines[0])
-    assert words[:7] == ["xpk", "workload", "create", "--cluster", "pod", "--workload", "s-2-0"]
-    assert words[7:-2] == ["--tpu-type", "v5litepod-16", "--num-slices", "2", "--docker-image", "eu/rpt", "--zone", "z"]
-    inner = ["rpt", "sweep", str(experiment), "--cell", "s-2-0", "--folder", settings["folder"]]
-    assert words[-2] == "--command" and shlex.split(words[-1])[:7] == inner
-    with pytest.raises(InputError, match="xpk.cluster"):
-        sweep.sweep(str(experiment), SweepSettings(print_xpk=True, **settings))
-    alike = """f"{size}-{steps}{'._'[seed]}0\""""
-    experiment.write_text(EXPERIMENT.replace('f"{size}-{steps}-{seed}"', alike))
-    with pytest.raises(InputError, match="one workload name"):
-        sweep.sweep(str(experiment), SweepSettings(print_xpk=True, xpk=xpk, **settings))
-    experiment.write_text(EXPERIMENT.replace('f"{size}-', f'f"{40 * "x"}{{size}}-'))
-    with pytest.raises(InputError, match="cannot name"):
-        sweep.sweep(str(experiment), SweepSettings(print_xpk=True, xpk=xpk, **settings))
+def test_launch_commands_are_printed_and_nothing_runs(experiment, settings, stand_in, capsys):
+    xpk = sweep_xpk.Xpk("pod", "v5litepod-16")
+    figures = sweep.sweep(str(experiment), SweepSettings(print_xpk=True, xpk=xpk, only=("s-2-0", "m-4-1"), **settings))
+    cells = sweep_cell.load_sweep(str(experiment), Path(settings["folder"]))[1]
+    expected = sweep_xpk.commands(str(experiment), [cells[0], cells[-1]], xpk, **settings)
+    assert capsys.readouterr().out.splitlines() == expected and figures == {"cells": 2} and not ran(settings)
+
+
+def test_stages_can_be_made_alone(experiment, settings, stand_in):
+    figures = sweep.sweep(str(experiment), SweepSettings(stages_only=True, only=tuple(NAMES[:5]), **settings))
+    assert ran(settings) == ["base-s", "base-m"] and (figures["done"], figures["left"]) == (0, 5)
+    sweep.sweep(str(experiment), SweepSettings(**settings))
+    assert sorted(ran(settings)[2:]) == sorted(NAMES)
+
+
+def test_several_hosts_do_not_make_a_stage_together(experiment, settings, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sweep.meshes, "start_distributed", lambda config: None)
+    with pytest.raises(InputError, match="s-2-0 needs base-s.*--stages-only"):
+        sweep.sweep(str(experiment), SweepSettings(cell="s-2-0", **settings))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def cells(folder):
         evaluate=EvaluateConfig(annotated=str(base / "annotated"), every=0, batch_size=8),
         checkpoint=CheckpointConfig(every=1),
     )
-    made = [Cell(f"toy-{{steps}}", "toy", 0, toy.config("", steps=steps, **settings), "base") for steps in (2, 40)]
+    made = [Cell(f"toy-{{steps}}", "toy", 0, toy.config("", steps=steps, **settings), "base") for steps in (2, 12)]
     return [*made, replace(made[0], name="broken", config=replace(made[0].config, policy="nowhere"))]
 
 def prepare(stage, folder):
@@ -83,9 +83,9 @@ def test_rows_are_what_the_runs_measured(experiment, tmp_path):
 
 def test_a_cell_broken_off_goes_on_where_it_was(experiment, tmp_path):
     """SIGTERM to the command after some updates; the same command continues, and no update is made twice."""
-    settings = settings_in(tmp_path, "b", only=("toy-40",))
-    words = ["sweep", str(experiment), "--folder", settings.folder, "--results", settings.results, "--only", "toy-40"]
-    run = tmp_path / "b" / "cells" / "toy-40"
+    settings = settings_in(tmp_path, "b", only=("toy-12",))
+    words = ["sweep", str(experiment), "--folder", settings.folder, "--results", settings.results, "--only", "toy-12"]
+    run = tmp_path / "b" / "cells" / "toy-12"
     metrics = run / "metrics.jsonl"
     with subprocess.Popen([sys.executable, "-m", "rpt_jax.cli", *words]) as process:
         while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
@@ -93,14 +93,14 @@ def test_a_cell_broken_off_goes_on_where_it_was(experiment, tmp_path):
         process.send_signal(signal.SIGTERM)
         process.wait()
     made = metrics.read_text().count("\n")
-    assert 3 <= made < 40 and not Path(settings.results).exists()
+    assert 3 <= made < 12 and not Path(settings.results).exists()
     assert sweep.sweep(str(experiment), settings)["done"] == 1
-    log = run.with_name("toy-40.log").read_text()
-    assert f"after {made} of 40 updates" in log and f"continuing {run} after {made} updates" in log
+    log = run.with_name("toy-12.log").read_text()
+    assert f"after {made} of 12 updates" in log and f"continuing {run} after {made} updates" in log
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, 13))
     spent = sum(row["flops_update"] for row in rows)
-    assert float(rows_of(settings)["toy-40"]["flops_update"]) == pytest.approx(spent)
+    assert float(rows_of(settings)["toy-12"]["flops_update"]) == pytest.approx(spent)
 
 
 def test_one_cell_here_and_now(experiment, tmp_path, monkeypatch):

@@ -15,8 +15,6 @@ reads, and under --folder everything the runs have written.
 import csv
 import logging
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,27 +26,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
+
+from rpt_jax import mesh as meshes
 from rpt_jax.records import InputError
-from rpt_jax.study import claims, sweep_cell
+from rpt_jax.study import claims, sweep_cell, sweep_xpk
 from rpt_jax.study.sweep_cell import Cell, Kind
 
 log = logging.getLogger(__name__)
 
 POLL = 2.0  # seconds between looks where everything that is left is in other hands
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit statuses: not done yet
-LONGEST_NAME = 40  # characters of a workload
-
-
-@dataclass(frozen=True)
-class Xpk:
-    """Where --print-xpk would run the cells."""
-
-    cluster: str = ""
-    tpu_type: str = ""  # e.g. v5litepod-16
-    slices: int = 1  # of each cell
-    image: str = ""  # container image with this project installed
-    project: str = ""  # of Google Cloud; empty: as gcloud has it
-    zone: str = ""  # likewise
 
 
 @dataclass(frozen=True)
@@ -60,10 +48,11 @@ class SweepSettings:
     workers: int = 1  # processes side by side here; on a machine with accelerators use 1
     pin: bool = True  # each worker has its share of this process's cores, where there is one for each
     only: tuple[str, ...] = ()  # names of cells; empty: all
+    stages_only: bool = False  # makes the stages of the cells, and runs no cell
     retry_failed: bool = False  # runs cells again whose row says that they failed
     cell: str = ""  # runs this one here and now, without claims: for a launcher that runs one command a cell
     print_xpk: bool = False  # prints a command a cell for TPU slices, and runs nothing
-    xpk: Xpk = field(default_factory=Xpk)
+    xpk: sweep_xpk.Xpk = field(default_factory=sweep_xpk.Xpk)
 
 
 def sweep(experiment: str, settings: SweepSettings) -> dict:
@@ -80,7 +69,8 @@ def sweep(experiment: str, settings: SweepSettings) -> dict:
         raise InputError(f"sweep: no cell {unknown[0]!r} in {experiment}; there are {', '.join(c.name for c in cells)}")
     chosen = [cell for cell in cells if not settings.only or cell.name in settings.only]
     if settings.print_xpk:
-        print("\n".join(xpk_commands(experiment, chosen, settings)))
+        commands = sweep_xpk.commands(experiment, chosen, settings.xpk, settings.folder, settings.results)
+        print("\n".join(commands))
         return {"cells": len(chosen)}
     if settings.cell:
         return run_here(experiment, next(cell for cell in cells if cell.name == settings.cell), folder, results, cells)
@@ -180,6 +170,8 @@ def forget_failures(state: Sweep) -> None:
 
 def is_over(state: Sweep, cell: Cell) -> bool:
     """Nothing is left to do for a cell."""
+    if state.settings.stages_only:
+        return not cell.needs or sweep_cell.read_result(state.folder, "stages", cell.needs) is not None
     if sweep_cell.read_result(state.folder, "cells", cell.name):
         return True
     row = read_table(state.results).get(cell.name)
@@ -300,43 +292,23 @@ def fail(state: Sweep, kind: Kind, cell: Cell, error: str) -> None:
 
 
 def run_here(experiment: str, cell: Cell, folder: Path, results: Path, cells: Sequence[Cell]) -> dict:
-    """One cell in this process, its stage first where that is missing; for a launcher that starts one a cell."""
+    """One cell in this process, its stage first where that is missing; for a launcher that starts one a cell.
+
+    On several hosts all of them call alike. Raises InputError there for a missing stage: one of them alone cannot make
+    it on the devices of all.
+    """
     state = Sweep(experiment, folder, results, cells, [cell], SweepSettings())
     check_rows(state)
+    meshes.start_distributed(cell.config.mesh)
     if cell.needs and (sweep_cell.read_result(folder, "stages", cell.needs) or {}).get("status") != "done":
+        if jax.process_count() > 1:
+            raise InputError(
+                f"{cell.name} needs {cell.needs}, which is not in {folder}: make it first on one machine, "
+                f"rpt sweep {experiment} --stages-only --folder {folder}"
+            )
         module, _ = sweep_cell.load_sweep(experiment, folder)
         sweep_cell.run_stage(module, cell.needs, folder)
     row = sweep_cell.run_cell(cell, folder)
     if row:
         write_table(state)
     return row
-
-
-def xpk_commands(experiment: str, cells: Sequence[Cell], settings: SweepSettings) -> list[str]:
-    """A command a cell that starts it on TPU slices; nothing is run.
-
-    Raises InputError for what xpk would refuse: a cluster or TPU type that is missing, and names that are no labels.
-    """
-    xpk = settings.xpk
-    if not xpk.cluster or not xpk.tpu_type:
-        raise InputError("sweep: --print-xpk needs --xpk.cluster and --xpk.tpu-type (e.g. v5litepod-16)")
-    if not settings.folder:
-        raise InputError("sweep: --print-xpk needs --folder, a place that all slices see")
-    commands = []
-    for cell in cells:
-        name = re.sub(r"[^a-z0-9-]", "-", cell.name.lower()).strip("-")
-        if len(name) > LONGEST_NAME or not name[:1].isalpha():
-            raise InputError(
-                f"sweep: {cell.name!r} cannot name a workload: begin with a letter, {LONGEST_NAME} characters at most"
-            )
-        own = ["rpt", "sweep", experiment, "--cell", cell.name, "--folder", settings.folder]
-        own += ["--results", settings.results] if settings.results else []
-        words = ["xpk", "workload", "create", "--cluster", xpk.cluster, "--workload", name]
-        words += ["--tpu-type", xpk.tpu_type, "--num-slices", str(xpk.slices)]
-        for flag, value in (("--docker-image", xpk.image), ("--project", xpk.project), ("--zone", xpk.zone)):
-            words += [flag, value] if value else []
-        commands.append(shlex.join([*words, "--command", shlex.join(own)]))
-    names = [command.split("--workload ")[1].split()[0] for command in commands]
-    if len(set(names)) < len(names):
-        raise InputError("sweep: two cells give one workload name: let names differ in letters and digits")
-    return commands
