@@ -105,6 +105,12 @@ def test_every_cell_once_with_its_stage_before(experiment, settings, stand_in):
         before = ran(where)
         assert sweep.sweep(str(experiment), SweepSettings(**where))["done"] == 8 and ran(where) == before
     assert rows_of(settings) == rows
+    table = Path(settings["results"])
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.startswith("m-2-1,")))
+    again = settings | {"folder": settings["folder"] + "-again"}
+    assert sweep.sweep(str(experiment), SweepSettings(**again))["done"] == 8
+    assert ran(again) == ["base-m", "m-2-1"]
+    assert [row["cell"] for row in rows_of(settings)] == NAMES  # the other rows stay, in order
 
 
 def test_two_sweeps_at_one_time_share_the_cells(experiment, settings, stand_in):

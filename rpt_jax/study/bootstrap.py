@@ -12,7 +12,27 @@ out, which is one choice for all cells, so that intervals are about these positi
 
 An interval has the values that the likelihood ratio does not reject: least squares with the value held, less the least
 squares without, against the same statistic of sets simulated from the best law (never less than chi-square's quantile).
-Percentiles of refitted parameters cover too seldom here: P* is bounded, and alpha skewed.
+So an end may be open, which percentiles of refitted parameters never are.
+
+Measured: per cent of 200 simulated sweeps whose 95 % intervals have the planted value (200 to 400 sets behind each;
+laws of alpha, a = A / Cmin^alpha and P* over a factor of 40 in compute; offsets by their standard deviations):
+
+    budgets x seeds x positions   alpha  a     P*    of seeds  of cells     A     alpha  P*
+    5 x 3 x 500                   .5    -.6    .95   0         0            97.5  97.0   97.5
+    5 x 3 x 500                   .2    -.6    .95   0         0            98.0  98.0   98.5
+    5 x 3 x 500                   1     -.5    .9    0         0            93.0  93.0   98.0
+    5 x 3 x 500                   .5    -.15   .45   0         0            96.0  96.0   96.0
+    5 x 3 x 500                   .5    -.6    .995  0         0            95.5  96.0   97.0
+    5 x 3 x 500                   .5    -.6    .95   .02       .01          98.5  98.5   97.5
+    5 x 3 x 500                   .2    -.6    .95   .02       .01          98.0  99.0   99.0
+    5 x 3 x 500                   1     -.5    .9    .02       .01          96.5  96.5   93.5
+    5 x 3 x 500                   .5    -.15   .45   .02       .01          98.0  98.0   97.5
+    5 x 3 x 500                   .5    -.6    .995  .02       .01          96.5  96.5   98.0
+    5 x 3 x 500                   1     -.4    .7    .05       0            99.5  99.5   92.5
+    10 x 3 x 2000                 .5    -.4    .7    .05       0            100   100    94.5
+
+Percentiles of laws refitted to seeds drawn with replacement hold P* in 82 % of the last but one, where bases differ
+most, and in 97 % of milder ones.
 
 Axes as in power_law.py.
 """
