@@ -1,7 +1,8 @@
 """The command line: `rpt COMMAND`. Settings come from the dataclasses, so no flag is written by hand.
 
 What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
-that is not finite or a plan that does not fit, 2 input that cannot be used, 128 + signal when told to stop (all saved).
+that is not finite, a plan that does not fit or a cell of a sweep that failed, 2 input that cannot be used, 128 + signal
+when told to stop (all saved).
 """
 
 import json
@@ -18,6 +19,8 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+    ("sweep", "EXPERIMENT.py", "sizes x compute budgets x seeds -> a row a run, side by side, resumable"),
+    ("fit", "RESULTS.csv", "a sweep's rows -> the scaling law, if they support one"),
     ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
     ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
@@ -65,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    if as_json or argv[0] not in ("quickstart", "plan"):  # which show their own
+    if as_json or argv[0] not in ("quickstart", "plan", "fit"):  # which show their own
         show(figures, as_json)
-    return 0 if figures.get("fits", True) else 1
+    return 0 if figures.get("fits", True) and not figures.get("failed") else 1
 
 
 def overview() -> str:
@@ -110,6 +113,16 @@ def run(command: str, words: list[str]) -> dict:
         return figures
     if command == "convert":
         return run_convert(given, words)
+    if command == "fit":
+        from rpt_jax.study import scaling, scaling_plot
+
+        figures = scaling.fit(given, parse(command, scaling.FitSettings(), words), scaling_plot.draw)
+        show(scaling_plot.table(figures), as_json=False)
+        return figures
+    if command == "sweep":
+        from rpt_jax.study import sweep
+
+        return sweep.sweep(given, parse(command, sweep.SweepSettings(), words))
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()

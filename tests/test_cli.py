@@ -22,7 +22,7 @@ def test_the_overview_is_one_screen_in_order(capsys):
     status, output, _ = run(capsys, "--help")
     assert status == 0 and len(output.splitlines()) <= 24
     assert max(map(len, output.splitlines())) <= 100
-    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "plan", "convert", "bench")
+    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "sweep", "fit", "plan", "convert", "bench")
     places = [output.index(f"\n  {name}") for name in names]
     assert places == sorted(places)
 
@@ -41,8 +41,10 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-COMMANDS = [(name, "--seed INT") for name, _, _ in cli.COMMANDS if name not in ("plan", "convert", "bench")]
-COMMANDS += [("plan", "--topology STR")] + [(f"bench {name}", "--seed INT") for name, _, _ in cli.BENCHES]
+COMMANDS = [(name, "--seed INT") for name, _, _ in cli.COMMANDS if name not in ("sweep", "plan", "convert", "bench")]
+COMMANDS += [("sweep", "--workers INT"), ("plan", "--topology STR")] + [
+    (f"bench {name}", "--seed INT") for name, _, _ in cli.BENCHES
+]
 COMMANDS += [(f"convert {name}", "--dtype {stored") for name, _, _ in cli.CONVERSIONS]
 
 
@@ -82,6 +84,19 @@ def test_bad_input_through_the_real_command(tmp_path):
         "of a run that has saved a checkpoint\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_fit_shows_a_table_and_ends_with_figures_by_size_and_split(capsys, tmp_path):
+    columns = "size,seed,steps,flops_sample,flops_update,hard.reasoning,hard.positions"
+    rows = [f"s,{seed},{steps},{steps}e9,{steps}e9,0.5,400" for steps in (1, 4, 16, 64) for seed in (0, 1)]
+    (tmp_path / "a.csv").write_text("\n".join([columns, *rows]) + "\n")
+    status, output, _ = run(capsys, "fit", tmp_path / "a.csv", "--sets", "100", "--json")
+    figures = json.loads(output.splitlines()[-1])
+    assert status == 0 and figures["s"]["hard"]["verdict"] == "constant" and "s hard" in output
+    assert {"A", "alpha", "P_star", "r2", "intervals"} <= figures["s"]["hard"].keys()
+    assert (tmp_path / "a.png").is_file()
+    status, output, message = run(capsys, "fit", tmp_path / "none.csv")
+    assert status == 2 and output == "" and "none.csv" in message
 
 
 def test_an_unknown_flag_ends_with_status_2(capsys):

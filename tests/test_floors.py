@@ -59,9 +59,12 @@ ORDER = [
     "rpt_jax.learning.progress",
     "rpt_jax.learning.train",
     "rpt_jax.study.evaluate",
+    "rpt_jax.study.power_law",
+    "rpt_jax.study.bootstrap",
     "rpt_jax.study.scaling",
     "rpt_jax.study.patterns",
     "rpt_jax.study.plots",
+    "rpt_jax.study.scaling_plot",
     "rpt_jax.study.report",
     "rpt_jax.study.plan_phases",
     "rpt_jax.study.plan_estimate",
@@ -78,6 +81,10 @@ ORDER = [
     "rpt_jax.study.quickstart",
     "rpt_jax.convert",
     "rpt_jax.commands",
+    "rpt_jax.study.claims",
+    "rpt_jax.study.sweep_cell",
+    "rpt_jax.study.sweep_xpk",
+    "rpt_jax.study.sweep",
     "rpt_jax.cli",
 ]
 ROOMS = {name.rpartition(".")[0] for name in ORDER}

@@ -161,6 +161,20 @@ def test_curves_are_drawn_in_their_panels(tmp_path, figures):
     assert tops == [0, 0, 1]  # two in a row
 
 
+def test_whiskers_decades_and_shares(tmp_path, figures):
+    even = plots.Curve("even", [1e9, 1e12], [0.5, 0.9], "points", errors=[0.1, 0.05])
+    uneven = plots.Curve("uneven", [1e9], [0.4], "points", 1, errors=[(0.3, 0.2)])
+    panel = plots.Panel("Law", "FLOPs", "accuracy", [even, uneven], decades=True, shares=True, top=1.0)
+    plots.curves([panel], tmp_path / "a.png", title="Scaling")
+    (axis,) = figures[0].axes
+    whiskers = [bars.lines[2][0].get_segments() for bars in axis.containers]
+    np.testing.assert_allclose(whiskers[0], [[[1e9, 0.4], [1e9, 0.6]], [[1e12, 0.85], [1e12, 0.95]]])
+    np.testing.assert_allclose(whiskers[1], [[[1e9, 0.1], [1e9, 0.6]]])
+    assert line_of(axis, "even") == ([1e9, 1e12], [0.5, 0.9])
+    assert axis.get_xscale() == "log" and axis.get_ylim() == (0, 1)
+    assert axis.yaxis.get_major_formatter()(0.5) == "50%"
+
+
 def test_fitted_line_by_hand():
     """y = 2 x + 1 exactly; and (0, 0), (1, 0), (2, 3): slope 3/2, intercept -1/2; 1.5 of 6 is left."""
     np.testing.assert_allclose(plots.fitted_line([1, 2, 5], [3, 5, 11]), (2, 1, 1))

@@ -119,6 +119,7 @@ class Curve:
     y: Sequence[float]
     look: Literal["points", "joined", "line", "dashes"]  # measured, measured in order, a law that fits, another law
     colour: int = 0  # of COLOURS and MARKERS; dashes are grey
+    errors: Sequence[float] | Sequence[tuple[float, float]] = ()  # whiskers: as far on both sides | (below, above)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Panel:
     y: str
     curves: Sequence[Curve]
     doublings: bool = False  # the x axis goes by factors of two, a tick at each x
+    decades: bool = False  # the x axis goes by factors of ten
+    shares: bool = False  # y is a share, shown in per cent
     top: float | None = None  # where y ends, for curves that leave the panel; None: above all of them
 
 
@@ -150,6 +153,10 @@ def curves(panels: Sequence[Panel], path: str | Path, *, title: str) -> Path:
             axis.set_xscale("log", base=2)
             axis.set_xticks(places, [f"{x:.3g}" for x in places])
             axis.set_xticks([], minor=True)
+        if panel.decades:
+            axis.set_xscale("log")
+        if panel.shares:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_ylim(0, panel.top)
         axis.legend(loc="best", fontsize=9, frameon=False, labelcolor=INK)
     for axis in axes[len(panels) :]:
@@ -165,6 +172,9 @@ def _draw_curve(axis: Axes, curve: Curve, order: int) -> None:
         "line": {"color": colour, "linewidth": 1.2},
         "dashes": {"color": QUIET, "linewidth": 1.2, "linestyle": (0, (4, 3))},
     }
+    if len(curve.errors):
+        style = {"fmt": "none", "ecolor": colour, "elinewidth": 1.0, "capsize": 2}
+        axis.errorbar(curve.x, curve.y, np.transpose(curve.errors), **style, zorder=2 + order)
     axis.plot(curve.x, curve.y, **looks[curve.look], markersize=5, label=curve.label, zorder=2 + order)
 
 

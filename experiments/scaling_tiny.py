@@ -1,0 +1,67 @@
+"""Does accuracy on hard tokens follow a law in RL compute? Three sizes x five budgets x three seeds, on a laptop.
+
+    .venv/bin/rpt sweep experiments/scaling_tiny.py --workers 2
+    .venv/bin/rpt fit experiments/results/scaling_tiny.csv
+
+Hardware: two CPU cores. Time: about 70 minutes (bases 20, RPT 25, starting, compiling and evaluating 45 cells 25), by
+the CPU seconds of single runs on a busy machine. Writes results/scaling_tiny.csv, a row a cell; rows that exist are
+skipped, and what was broken off goes on.
+
+Nine bases, one for each size and seed, are shared by their budgets; each budget is a run of its own from the base, with
+its own seed, and not a checkpoint of a longer run. Texts, filter and RPT are those of the quickstart, at twice its
+learning rate. Held-out texts are the same everywhere; which of their positions are easy, medium and hard is for each
+base to say. Settings were chosen by the rewards of training rollouts of another seed (7), never by held-out texts:
+budgets begin where the rise has set in, for a law of this form has no slow start.
+Measured result: see LOG.md.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rpt_jax.config import CheckpointConfig, Config, EvaluateConfig, ModelConfig
+from rpt_jax.study import quickstart
+from rpt_jax.study.base import BaseConfig
+from rpt_jax.study.quickstart import QuickstartConfig
+from rpt_jax.study.sweep_cell import Cell
+
+SIZES = {"64x4": (64, 4), "96x4": (96, 4), "128x4": (128, 4)}  # width and layers
+BUDGETS = (12, 24, 48, 96, 192)  # updates
+SEEDS = (0, 1, 2)
+
+
+def settings(size: str, seed: int) -> QuickstartConfig:
+    """The quickstart's, with a base of this size."""
+    width, layers = SIZES[size]
+    base = BaseConfig(width=width, layers=layers)
+    return QuickstartConfig(seed=seed, from_scratch=True, base=base, learning_rate=2e-4)
+
+
+def cells(folder: Path) -> list[Cell]:
+    """All runs; short ones first, so that a sweep that is stopped early has whole curves of few seeds."""
+    return [cell(folder, size, seed, steps) for seed in SEEDS for size in SIZES for steps in BUDGETS]
+
+
+def cell(folder: Path, size: str, seed: int, steps: int) -> Cell:
+    stage = f"base-{size}-{seed}"
+    base = Path(folder) / "stages" / stage
+    common: Config = quickstart.rpt_config(settings(size, seed), ModelConfig(remat="dots"), base)
+    config = replace(
+        common,
+        seed=1000 * seed + steps,  # of its own: with the base's, a short run would be the beginning of a long one
+        steps=steps,
+        policy=str(base / "base"),
+        positions=replace(common.positions, annotated=str(base / "annotated")),
+        evaluate=EvaluateConfig(annotated=str(base / "held_out"), every=0, positions=512, batch_size=128),
+        checkpoint=CheckpointConfig(every=20, keep=1),
+    )
+    return Cell(f"w{size}-{steps}-{seed}", size, seed, config, needs=stage)
+
+
+def prepare(stage: str, folder: Path) -> None:
+    """A base, and the entropy of every token of the training and held-out texts under it."""
+    _, size, seed = stage.split("-")
+    config = settings(size, int(seed))
+    policy = quickstart.load_base(config, folder, lambda line, **_: print(line, flush=True))
+    texts, exam = quickstart.make_documents(config)
+    quickstart.annotate_texts(policy, texts, folder / "annotated")
+    quickstart.annotate_texts(policy, exam, folder / "held_out")
