@@ -18,6 +18,7 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+    ("report", "RUN [RUN ...]", "run folders -> one page to read offline: curves, figures, rollouts"),
     ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
     ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
@@ -108,12 +109,32 @@ def run(command: str, words: list[str]) -> dict:
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
         return figures
+    if command == "report":
+        return run_report(given, words)
     if command == "convert":
         return run_convert(given, words)
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
     return commands.run_evaluate(parse(command, start, words))
+
+
+def run_report(given: str, words: list[str]) -> dict:
+    """Reads which runs to report and the settings, and writes the page; returns what is in it."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the run that may be going on
+    from rpt_jax.study import report
+
+    folders = [given, *leading(words)] if given else []
+    return report.write_report(folders, parse("report", report.ReportConfig(), words))
+
+
+def leading(words: list[str]) -> list[str]:
+    """Takes the words before the first flag out of `words`."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    taken, words[:] = words[:count], words[count:]
+    return taken
 
 
 def run_bench(what: str, words: list[str]) -> dict:
