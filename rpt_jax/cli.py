@@ -18,6 +18,7 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+    ("sample", "[FOLDER]", "a policy or run, and a text -> thoughts about what comes next"),
     ("report", "RUN [RUN ...]", "run folders -> one page to read offline: curves, figures, rollouts"),
     ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
     ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
@@ -59,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     as_json = "--json" in argv
     try:
-        figures = run(argv[0], [word for word in argv[1:] if word != "--json"])
+        figures = run(argv[0], [word for word in argv[1:] if word != "--json"], as_json)
     except InputError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    if as_json or argv[0] not in ("quickstart", "plan"):  # which show their own
+    if as_json or argv[0] not in ("quickstart", "sample", "plan"):  # which show their own
         show(figures, as_json)
     return 0 if figures.get("fits", True) else 1
 
@@ -81,7 +82,7 @@ def _lines(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
     return [f"  {f'{name} {takes}':{width}}  {does}" for name, takes, does in rows]
 
 
-def run(command: str, words: list[str]) -> dict:
+def run(command: str, words: list[str], as_json: bool = False) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
     from rpt_jax import commands, compilation, config
 
@@ -109,6 +110,10 @@ def run(command: str, words: list[str]) -> dict:
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
         return figures
+    if command == "sample":
+        from rpt_jax.study import sample
+
+        return sample.run(parse(command, sample.settings_of(given), words), show=not as_json)
     if command == "report":
         return run_report(given, words)
     if command == "convert":

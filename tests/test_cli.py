@@ -22,7 +22,7 @@ def test_the_overview_is_one_screen_in_order(capsys):
     status, output, _ = run(capsys, "--help")
     assert status == 0 and len(output.splitlines()) <= 24
     assert max(map(len, output.splitlines())) <= 100
-    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "report", "plan", "convert", "bench")
+    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "sample", "report", "plan", "convert", "bench")
     places = [output.index(f"\n  {name}") for name in names]
     assert places == sorted(places)
 
