@@ -20,6 +20,7 @@ COMMANDS = (
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
     ("sample", "[FOLDER]", "a policy or run, and a text -> thoughts about what comes next"),
     ("report", "RUN [RUN ...]", "run folders -> one page to read offline: curves, figures, rollouts"),
+    ("patterns", "RUN", "thoughts of a run -> shares that show each pattern of reasoning"),
     ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
     ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
@@ -114,25 +115,26 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
         from rpt_jax.study import sample
 
         return sample.run(parse(command, sample.settings_of(given), words), show=not as_json)
+    if command in ("report", "patterns"):
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the run that may be going on
     if command == "report":
-        return run_report(given, words)
+        from rpt_jax.study import report
+
+        folders = [given, *leading(words)] if given else []
+        return report.write_report(folders, parse(command, report.ReportConfig(), words))
+    if command == "patterns":
+        from rpt_jax.study import patterns
+
+        figures = patterns.run(given, parse(command, patterns.PatternsRun(), words))
+        return figures if as_json else patterns.shown(figures)
     if command == "convert":
         return run_convert(given, words)
     if command == "train":
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
     return commands.run_evaluate(parse(command, start, words))
-
-
-def run_report(given: str, words: list[str]) -> dict:
-    """Reads which runs to report and the settings, and writes the page; returns what is in it."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the run that may be going on
-    from rpt_jax.study import report
-
-    folders = [given, *leading(words)] if given else []
-    return report.write_report(folders, parse("report", report.ReportConfig(), words))
 
 
 def leading(words: list[str]) -> list[str]:

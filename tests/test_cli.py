@@ -22,7 +22,19 @@ def test_the_overview_is_one_screen_in_order(capsys):
     status, output, _ = run(capsys, "--help")
     assert status == 0 and len(output.splitlines()) <= 24
     assert max(map(len, output.splitlines())) <= 100
-    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "sample", "report", "plan", "convert", "bench")
+    names = (
+        "quickstart",
+        "pretrain",
+        "annotate",
+        "train",
+        "evaluate",
+        "sample",
+        "report",
+        "patterns",
+        "plan",
+        "convert",
+        "bench",
+    )
     places = [output.index(f"\n  {name}") for name in names]
     assert places == sorted(places)
 
@@ -41,8 +53,12 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-COMMANDS = [(name, "--seed INT") for name, _, _ in cli.COMMANDS if name not in ("report", "plan", "convert", "bench")]
-COMMANDS += [("plan", "--topology STR"), ("report", "--rollouts INT")] + [
+COMMANDS = [
+    (name, "--seed INT")
+    for name, _, _ in cli.COMMANDS
+    if name not in ("report", "patterns", "plan", "convert", "bench")
+]
+COMMANDS += [("plan", "--topology STR"), ("report", "--rollouts INT"), ("patterns", "--against STR")] + [
     (f"bench {name}", "--seed INT") for name, _, _ in cli.BENCHES
 ]
 COMMANDS += [(f"convert {name}", "--dtype {stored") for name, _, _ in cli.CONVERSIONS]

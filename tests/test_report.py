@@ -202,8 +202,8 @@ def test_fits_are_found_by_their_keys(tmp_path):
     ("stream", "line", "message"),
     [
         ("metrics", "{nan", r"metrics.jsonl:31: not a row of JSON"),
-        ("evaluations", "[1]", r"evaluations.jsonl:3: a row has its `step`"),
-        ("rollouts", '{"thought": ""}', r"rollouts.jsonl:2: a row has its `step`"),
+        ("evaluations", "[1]", r"evaluations.jsonl:3: a row without 'step'"),
+        ("rollouts", '{"thought": ""}', r"rollouts.jsonl:2: a row without 'step'"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, stream, line, message):

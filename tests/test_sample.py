@@ -57,8 +57,9 @@ def test_thoughts_about_a_piped_text(capsys, monkeypatch, policy):
     for each in answered:
         whole = "".join(text for text, _ in each["pieces"])
         assert whole.startswith(each["thought"] + "</think>") and f"\\boxed{{{each['prediction']}}}" in whole
-        places = [text for text, _ in each["pieces"]].index("\\boxed{")
-        inside = each["pieces"][places + 1 : places + 1 + len(each["prediction"])]  # each character is a token
+        texts = [text for text, _ in each["pieces"]]
+        box = len(texts) - texts[::-1].index("\\boxed{")  # behind the last one
+        inside = each["pieces"][box : box + len(each["prediction"])]  # each character is a token
         assert each["prediction_logprob"] == pytest.approx(sum(logprob for _, logprob in inside), abs=1e-5)
 
 

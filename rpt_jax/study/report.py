@@ -78,9 +78,7 @@ def write_report(folders: Sequence[str], config: ReportConfig) -> dict:
 
 def read_run(folder: Path) -> dict:
     """What the page shows of a run, all but its rollouts; a folder of `rpt quickstart` stands for the run in it."""
-    outer = folder
-    if not (folder / "config.json").is_file() and (folder / "rpt" / "config.json").is_file():
-        folder = folder / "rpt"
+    outer, folder = folder, run_in(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"no run in {str(folder)!r} (no config.json): give a folder that `rpt train` wrote")
     described = read_json(folder / "config.json", "config")
@@ -98,6 +96,12 @@ def read_run(folder: Path) -> dict:
         "comparison": comparison(results),
         "fits": [fit for place in dict.fromkeys((outer, folder)) for fit in read_fits(place)],
     }
+
+
+def run_in(folder: Path) -> Path:
+    """The run of a folder: itself, or of what `rpt quickstart` wrote the run inside."""
+    inner = folder / "rpt"
+    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -123,16 +127,16 @@ def whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
-def parse_rows(path: Path, lines: Sequence[bytes], chosen: Iterable[int]) -> list[dict]:
-    """The rows that stand on some lines; raises InputError naming the line that is none."""
+def parse_rows(path: Path, lines: Sequence[bytes], chosen: Iterable[int], needs: str = "step") -> list[dict]:
+    """The rows that stand on some lines; raises InputError naming the line that is none, or lacks what a row needs."""
     rows = []
     for i in chosen:
         try:
             row = json.loads(lines[i])
         except ValueError as error:  # no JSON, or no UTF-8
             raise InputError(f"{path}:{i + 1}: not a row of JSON ({error}): mend or delete this line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
-            raise InputError(f"{path}:{i + 1}: a row has its `step`, this one has none: mend or delete this line")
+        if not isinstance(row, dict) or needs not in row:
+            raise InputError(f"{path}:{i + 1}: a row without {needs!r}: mend or delete this line, or name another file")
         rows.append(row)
     return rows
 
