@@ -406,6 +406,10 @@ def test_curves_and_tables_show_the_runs_numbers(browser, tmp_path):
         == "toy (a) 3.0 %toy (b) 3.0 %update 3"
     )
     texts = "[...t.rows].map(r => [...r.cells].map(c => c.textContent))"
+    choose(browser, axis="hours", window="3")  # the readout starts anew, and is beside the mean of three updates
+    assert browser.execute_script(f"return {chart}.querySelector('.readout').textContent") == (
+        "toy (a) 30.0 % (mean 29.5 %)toy (b) 20.0 % (mean 19.5 %)update 30, 20"
+    )
     tables = dict(
         browser.execute_script(
             f"return [...document.querySelectorAll('table')].map(t => [t.caption.textContent, {texts}])"
@@ -413,9 +417,9 @@ def test_curves_and_tables_show_the_runs_numbers(browser, tmp_path):
     )
     assert ["update.learning_rate", "1e-4", "2e-4"] in tables["Settings that differ between the runs"]
     assert not any(row[0] == "update.beta1" for row in tables["Settings that differ between the runs"])
-    hard = [row for row in tables["Next-token accuracy on held-out positions"] if "update 16" in row][2:]
+    hard = [row for row in tables["Next-token accuracy on held-out positions"] if "16" in row][2:]
     assert len(hard) == 2 and all(
-        row[2:] == ["update 16", "–", "50.0 %", "37.8 – 62.3", "6.25", "50.0 %", "75.0 %", "9.5", "64"] for row in hard
+        row[2:] == ["16", "–", "50.0 %", "37.8 – 62.3", "6.25", "50.0 %", "75.0 %", "9.5", "64"] for row in hard
     )
     shades = browser.execute_script(
         "return [...document.querySelectorAll('.thought .piece')].map(e => [e.textContent, e.className])"

@@ -248,6 +248,7 @@ function spoken(spec, lines) {
 
 function zoom(from, to) {
   Object.assign(VIEW, { from, to });
+  VIEW.charts.forEach((state) => { state.at = null; });
   document.getElementById("unzoom").hidden = from == null;
   VIEW.charts.forEach(draw);
 }

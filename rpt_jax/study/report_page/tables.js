@@ -68,10 +68,9 @@ function evaluation() {
   const rows = splitsOf(RUNS).flatMap((split) => RUNS.flatMap((run) => {
     const there = run.evaluations.filter((row) => row[split]);
     if (!there.length) return [];
-    const chosen = there.length > 1 ? [["before", there[0]], ["after", last(there)]] : [["", there[0]]];
-    return chosen.map(([when, row], i) => {
+    return distinct([there[0], last(there)]).map((row, i) => {
       const figures = row[split];
-      const cells = [i ? "" : split, RUNS.length > 1 ? runLabel(run) : null, "update " + format(row.step),
+      const cells = [i ? "" : split, RUNS.length > 1 ? runLabel(run) : null, format(row.step),
         percent(figures.argmax), el("b", {}, percent(figures.reasoning)), interval(figures.reasoning, figures.standard_error),
         isNumber(figures.standard_error) ? (100 * figures.standard_error).toFixed(2) : "–",
         percent(figures.pass_at_k), figures.greedy === undefined ? null : percent(figures.greedy),
@@ -81,11 +80,11 @@ function evaluation() {
     });
   }));
   if (rows.length) {
-    const head = ["split", "run", "when", "arg-max", "reasoning", "95 % interval", "standard error", "Pass@k",
+    const head = ["split", "run", "update", "arg-max", "reasoning", "95 % interval", "standard error", "Pass@k",
       "greedy", "format rate", "length", "positions"];
     const used = head.map((_, i) => rows.some((row) => row.cells[i] != null));
     rows.forEach((row) => { row.cells = row.cells.filter((_, i) => used[i]).map((cell) => cell ?? "–"); });
-    made.push(table("Next-token accuracy on held-out positions", head.filter((_, i) => used[i]), rows),
+    made.push(table("Next-token accuracy on held-out positions", head.filter((_, i) => used[i]), rows, { names: RUNS.length > 1 ? 2 : 1 }),
       el("p", { class: "quiet" }, "Standard errors are of means over positions, in points of per cent; the interval is " +
         "1.96 of them to each side. Splits by the proxy's entropy are nested: easy holds medium, medium holds hard."));
   }
@@ -137,10 +136,11 @@ function configuration() {
     ? ["Settings that differ between the runs", "The runs have the same settings.", RUNS.map(runLabel)]
     : ["Settings that are not the defaults", "All settings are the defaults.", ["this run", "default"]];
   const look = { plain: true, class: "settings" };
+  const breakable = (name) => name.replaceAll("/", ".").split(/(?<=[._])/).map((part) => [part, el("wbr")]);
   const fillIn = (all) => {
     const rows = names.filter((name) => all || differs(name)).map((name) => ({
       class: all && differs(name) ? "strong" : "",
-      cells: [name.replaceAll("/", "."), ...RUNS.map((run) => text(run, name)), ...(RUNS.length > 1 ? [] : [defaultOf(name)])],
+      cells: [breakable(name), ...RUNS.map((run) => text(run, name)), ...(RUNS.length > 1 ? [] : [defaultOf(name)])],
     }));
     const heads = ["setting", ...head.map((name) => name.cloneNode ? name.cloneNode(true) : name)];
     body.replaceChildren(rows.length ? table(all ? "All settings" : different, heads, rows, look)
