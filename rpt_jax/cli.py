@@ -21,6 +21,9 @@ COMMANDS = (
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
     ("sweep", "EXPERIMENT.py", "sizes x compute budgets x seeds -> a row a run, side by side, resumable"),
     ("fit", "RESULTS.csv", "a sweep's rows -> the scaling law, if they support one"),
+    ("sample", "[FOLDER]", "a policy or run, and a text -> thoughts about what comes next"),
+    ("report", "RUN [RUN ...]", "run folders -> one page to read offline: curves, figures, rollouts"),
+    ("patterns", "RUN", "thoughts of a run -> shares that show each pattern of reasoning"),
     ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
     ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
     ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
@@ -61,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     as_json = "--json" in argv
     try:
-        figures = run(argv[0], [word for word in argv[1:] if word != "--json"])
+        figures = run(argv[0], [word for word in argv[1:] if word != "--json"], as_json)
     except InputError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    if as_json or argv[0] not in ("quickstart", "plan", "fit"):  # which show their own
+    if as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
         show(figures, as_json)
     return 0 if figures.get("fits", True) and not figures.get("failed") else 1
 
@@ -83,7 +86,7 @@ def _lines(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
     return [f"  {f'{name} {takes}':{width}}  {does}" for name, takes, does in rows]
 
 
-def run(command: str, words: list[str]) -> dict:
+def run(command: str, words: list[str], as_json: bool = False) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
     from rpt_jax import commands, compilation, config
 
@@ -111,6 +114,24 @@ def run(command: str, words: list[str]) -> dict:
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
         return figures
+    if command == "sample":
+        from rpt_jax.study import sample
+
+        return sample.run(parse(command, sample.settings_of(given), words), show=not as_json)
+    if command in ("report", "patterns"):
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # leaves accelerators to the run that may be going on
+    if command == "report":
+        from rpt_jax.study import report
+
+        folders = [given, *leading(words)] if given else []
+        return report.write_report(folders, parse(command, report.ReportConfig(), words))
+    if command == "patterns":
+        from rpt_jax.study import patterns
+
+        figures = patterns.run(given, parse(command, patterns.PatternsRun(), words))
+        return figures if as_json else patterns.shown(figures)
     if command == "convert":
         return run_convert(given, words)
     if command == "fit":
@@ -127,6 +148,13 @@ def run(command: str, words: list[str]) -> dict:
         return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
     return commands.run_evaluate(parse(command, start, words))
+
+
+def leading(words: list[str]) -> list[str]:
+    """Takes the words before the first flag out of `words`."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    taken, words[:] = words[:count], words[count:]
+    return taken
 
 
 def run_bench(what: str, words: list[str]) -> dict:

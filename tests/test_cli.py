@@ -22,7 +22,21 @@ def test_the_overview_is_one_screen_in_order(capsys):
     status, output, _ = run(capsys, "--help")
     assert status == 0 and len(output.splitlines()) <= 24
     assert max(map(len, output.splitlines())) <= 100
-    names = ("quickstart", "pretrain", "annotate", "train", "evaluate", "sweep", "fit", "plan", "convert", "bench")
+    names = (
+        "quickstart",
+        "pretrain",
+        "annotate",
+        "train",
+        "evaluate",
+        "sweep",
+        "fit",
+        "sample",
+        "report",
+        "patterns",
+        "plan",
+        "convert",
+        "bench",
+    )
     places = [output.index(f"\n  {name}") for name in names]
     assert places == sorted(places)
 
@@ -41,10 +55,10 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-COMMANDS = [(name, "--seed INT") for name, _, _ in cli.COMMANDS if name not in ("sweep", "plan", "convert", "bench")]
-COMMANDS += [("sweep", "--workers INT"), ("plan", "--topology STR")] + [
-    (f"bench {name}", "--seed INT") for name, _, _ in cli.BENCHES
-]
+OWN = ("sweep", "report", "patterns", "plan", "convert", "bench")  # have no seed
+COMMANDS = [(name, "--seed INT") for name, _, _ in cli.COMMANDS if name not in OWN]
+COMMANDS += [("sweep", "--workers INT"), ("report", "--rollouts INT"), ("patterns", "--against STR")]
+COMMANDS += [("plan", "--topology STR")] + [(f"bench {name}", "--seed INT") for name, _, _ in cli.BENCHES]
 COMMANDS += [(f"convert {name}", "--dtype {stored") for name, _, _ in cli.CONVERSIONS]
 
 

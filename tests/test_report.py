@@ -1,0 +1,444 @@
+"""Claims: the page holds the run's own numbers and texts, whatever these contain; no text gets to be markup or script;
+nothing is fetched; files that are damaged or missing are named. In Chromium, where it is installed with the extra
+`browser`: filters show what a plain loop over the rows selects, curves have the values of metrics.jsonl, and nothing
+runs over the edge of a phone."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+
+import pytest
+import toy
+
+from rpt_jax import cli
+from rpt_jax.config import to_dict
+from rpt_jax.records import InputError
+from rpt_jax.study import report
+from rpt_jax.study.report import ReportConfig, write_report
+
+HOSTILE = [
+    "</script><script>window.broken = 1</script>",
+    "<!--<script>",
+    "<img src=x onerror='window.broken = 1'>",
+    "\"'`${window.broken = 1}\\\u2028\u2029\x00\x1b",
+    "\ud83d lone, {{data}} {{script}} &lt;b&gt; ]]>",
+]
+WORDS = ("alpha", "beta", "gamma", "delta")
+
+
+def rollout(i: int, **more) -> dict:
+    """A rollout whose outcome, entropy, step and words follow from its number."""
+    right, answered = i % 3 == 0, i % 3 != 2
+    row = {
+        "step": i // 40 + 1,
+        "document": i,
+        "index": 7,
+        "entropy": (i % 41) / 20,
+        "member": i % 8,
+        "context": f"context {i} of {WORDS[i % 4]} " * 4,
+        "thought": f"a thought of {WORDS[i % 4].upper() if i % 5 else 'epsilon'} that goes on for a while " * 6,
+        "prediction": (" 7" if right else " 8\n") if answered else None,
+        "truth": " 7",
+        "continuation": " 7 and so on",
+        "reward": 1.0 if right else 0.0,
+        "finished": answered,
+        "tokens": 10 + i % 9,
+    }
+    return row | more
+
+
+def write_run(folder, rollouts, *, steps=30, learning_rate=1e-4, name="toy"):
+    folder.mkdir(parents=True)
+    config = to_dict(toy.config(folder, name=name, update=toy.UpdateConfig(learning_rate=learning_rate)))
+    described = {"config": config, "id": "1a2b", "commit": "c0ffee" * 6, "devices": {"kind": "cpu", "count": 2}}
+    (folder / "config.json").write_text(json.dumps(described))
+    metrics = [
+        {"step": s, "reward": s / 99, "accuracy": s / 100, "format_rate": 0.5, "loss": float("nan"), "seconds": 2.0}
+        for s in range(1, steps + 1)
+    ]
+    figures = {"argmax": 0.125, "reasoning": 0.25, "pass_at_k": 0.5, "format_rate": 0.75, "response_length": 9.5}
+    figures |= {"positions": 64, "standard_error": 0.0625, "standard_errors": {"reasoning": 0.0625}}
+    evaluations = [
+        {"step": s, "easy": figures, "hard": figures | {"reasoning": 0.25 + s / 64, "argmax": None}} for s in (0, 16)
+    ]
+    for stream, rows in (("metrics", metrics), ("evaluations", evaluations), ("rollouts", rollouts)):
+        (folder / f"{stream}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+class Elements(html.parser.HTMLParser):
+    """(tag, attributes, text) of every element that has text of its own, as a browser reads it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.policy = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+        if dict(attributes).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attributes)["content"]
+
+        self.is_open = True
+
+    def handle_endtag(self, tag):
+        self.is_open = False
+
+    def handle_data(self, text):
+        if self.found and self.is_open:
+            self.found[-1][2] += text
+
+    def texts(self, tag):
+        return [text for name, _, text in self.found if name == tag]
+
+
+def test_no_text_gets_out_of_its_block(tmp_path):
+    """Hostile texts arrive whole, and the only scripts are the data and the page's own."""
+    rows = [
+        rollout(i, context=text, thought=text, prediction=text, pieces=[[text, -1]]) for i, text in enumerate(HOSTILE)
+    ]
+    run = write_run(tmp_path / "run", rows, name="</title><script>window.broken = 1</script>")
+    figures = write_report([str(run)], ReportConfig())
+    text = (run / "report.html").read_text()
+    elements = Elements(text)
+    block, script = elements.texts("script")
+    data = json.loads(block)
+    assert [row["thought"] for row in data["rollouts"]] == HOSTILE
+    assert [row["pieces"] for row in data["rollouts"]] == [[[hostile, -1]] for hostile in HOSTILE]
+    assert block.isascii() and not set("<>&") & set(block)
+    assert "broken" not in script and elements.texts("title")[0] == "</title><script>window.broken = 1</script>"
+    assert figures == {
+        "report": str(run / "report.html"),
+        "runs": 1,
+        "rollouts": 5,
+        "rollouts_left_out": 0,
+        "megabytes": round(len(text) / 1e6, 1),
+    }
+
+
+def test_the_policy_allows_this_script_and_style_alone(tmp_path):
+    """Of the content policy's digests each is that of the element, and there is no other permission."""
+    run = write_run(tmp_path / "run", [rollout(0)])
+    write_report([str(run)], ReportConfig())
+    elements = Elements((run / "report.html").read_text())
+    digests = [
+        base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        for content in (elements.texts("script")[1], elements.texts("style")[0])
+    ]
+    script, style = digests
+    assert elements.policy == (
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def test_nothing_is_fetched(tmp_path):
+    run = write_run(tmp_path / "run", [rollout(0)])
+    write_report([str(run)], ReportConfig())
+    text = (run / "report.html").read_text()
+    assert set(re.findall(r"\w+://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert not re.search(r"@import|url\((?!#)|<link|\bsrc\s*=|fetch\(|XMLHttpRequest", text)
+
+
+def test_numbers_are_those_of_the_files(tmp_path):
+    """Columns with None where a row lacks a figure or it is not finite; evaluations and settings as they are."""
+    run = write_run(tmp_path / "run", [], steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "kl": 0.5, "more": {"depth": 2}}\n{"step": 5, "acc')  # the last line: a crash
+    data = json.loads(report.embedded(report.read_run(run)))
+    assert data["metrics"]["step"] == [1, 2, 3, 4] and data["metrics"]["accuracy"] == [0.01, 0.02, 0.03, None]
+    assert data["metrics"]["loss"] == [None] * 4 and data["metrics"]["more/depth"] == [None, None, None, 2]
+    assert [row["hard"]["reasoning"] for row in data["evaluations"]] == [0.25, 0.5]
+    assert data["config"]["update/learning_rate"] == 1e-4 and data["config"]["prompt/template"] == "bare"
+    assert data["devices"] == {"kind": "cpu", "count": 2} and data["comparison"] is None and data["fits"] == []
+
+
+def test_rollouts_are_thinned_evenly(tmp_path):
+    assert report.evenly(10, 4) == [0, 3, 6, 9] and report.evenly(3, 5) == [0, 1, 2] == report.evenly(3, None)
+    run = write_run(tmp_path / "run", [rollout(i) for i in range(100)])
+    there, rows = report.read_rollouts(run / "rollouts.jsonl", 5, 1e9)
+    assert there == 100 and [row["document"] for row in rows] == [0, 25, 50, 74, 99]
+    size = len(report.embedded(rows[0]))
+    there, rows = report.read_rollouts(run / "rollouts.jsonl", None, 20 * size)
+    numbers = [row["document"] for row in rows]
+    assert there == 100 and 15 <= len(rows) <= 20 and (numbers[0], numbers[-1]) == (0, 99)
+    gaps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+    assert max(gaps) <= 3 * min(gaps)
+    assert sum(len(report.embedded(row)) for row in rows) <= 20 * size
+
+
+def test_labels_tell_runs_apart(tmp_path):
+    named = [("a", tmp_path / "x" / "rpt"), ("b", tmp_path / "y"), ("a", tmp_path / "z" / "rpt")]
+    assert report.distinct_labels(named) == ["a (x/rpt)", "b", "a (z/rpt)"]
+
+
+def test_a_quickstart_brings_its_controls(tmp_path):
+    """Its folder stands for the run inside; the table has the numbers of its results.json."""
+    table = {"argmax_base": 0.1, "reasoning_before": 0.2, "reasoning_after": 0.9, "positions": 50}
+    table["control_sft"] = {"argmax": 0.15, "reasoning": 0.05}
+    results = {"hard": table, "medium": table | {"positions": 70}, "parts_of_hard": {"chain": table, "chain_2": table}}
+    write_run(tmp_path / "quick" / "rpt", [rollout(0)])
+    (tmp_path / "quick" / "results.json").write_text(json.dumps(results))
+    shown = report.read_run(tmp_path / "quick")["comparison"]
+    assert shown["splits"] == [("hard", 50), ("medium", 70), ("chain", 50)]
+    rows = {name: values for name, values, _ in shown["rows"]}
+    assert rows["RPT, reasoning"] == [0.9] * 3 and rows["control: SFT, box without thought"] == [0.05] * 3
+    assert rows["base, made to be careful"] == [None] * 3
+    write_report([str(tmp_path / "quick")], ReportConfig())
+    assert (tmp_path / "quick" / "report.html").is_file()
+
+
+def test_fits_are_found_by_their_keys(tmp_path):
+    run = write_run(tmp_path / "run", [])
+    fit = {"A": -2.0, "alpha": 0.3, "P_star": 0.8, "r2": 0.99, "verdict": "holds"}
+    (run / "fit.json").write_text(json.dumps({"small": {"hard": fit, "easy": {"A": 1}}, "rows": [1, 2]}))
+    assert report.read_run(run)["fits"] == [{"name": "small/hard", "values": fit}]
+
+
+@pytest.mark.parametrize(
+    ("stream", "line", "message"),
+    [
+        ("metrics", "{nan", r"metrics.jsonl:31: not a row of JSON"),
+        ("evaluations", "[1]", r"evaluations.jsonl:3: a row without 'step'"),
+        ("rollouts", '{"thought": ""}', r"rollouts.jsonl:2: a row without 'step'"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, stream, line, message):
+    run = write_run(tmp_path / "run", [rollout(0)])
+    with (run / f"{stream}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=message):
+        write_report([str(run)], ReportConfig())
+    assert not (run / "report.html").exists()
+
+
+def test_what_cannot_be_reported_is_said(tmp_path, capsys):
+    for words, message in (
+        ([], "no run named"),
+        ([tmp_path], "no run in"),
+        ([tmp_path, "--megabytes", "0"], "use 0 or more, and more than 0"),
+    ):
+        assert cli.main(["report", *map(str, words)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_compares_runs(tmp_path, capsys):
+    """Several runs share the page and its rollouts; the report of the first alone is not written over."""
+    runs = [
+        write_run(tmp_path / name, [rollout(i) for i in range(20)], learning_rate=lr)
+        for name, lr in (("a", 1e-4), ("b", 2e-4))
+    ]
+    assert cli.main(["report", *map(str, runs), "--rollouts", "10", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["runs"], figures["rollouts"], figures["rollouts_left_out"]) == (2, 10, 30)
+    assert (
+        figures["report"] == str(tmp_path / "a" / "comparison.html") and not (tmp_path / "a" / "report.html").exists()
+    )
+    data = json.loads(Elements((tmp_path / "a" / "comparison.html").read_text()).texts("script")[0])
+    assert [run["label"] for run in data["runs"]] == ["toy (a)", "toy (b)"]
+    assert [row["run"] for row in data["rollouts"]] == [0] * 5 + [1] * 5
+
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium; skips the test where it, its driver or the extra `browser` is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra browser: pip install -e .[browser]")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("needs Chromium and its driver (on Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+def show(browser, path, width):
+    """Opens a page at a width in CSS pixels and waits until its script is through."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+    until(browser, "document.documentElement.dataset.ready === 'yes'", True)
+
+
+def until(browser, expression, expected):
+    """Waits for a value in the page: a minute, so that a busy machine is no failure."""
+    code = f"return {expression}"
+    for _ in range(1200):
+        if (found := browser.execute_script(code)) == expected:
+            return
+        browser.execute_async_script("setTimeout(arguments[0], 50)")
+    raise AssertionError(f"{expression} is {found!r}, not {expected!r}")
+
+
+SET = """
+    const [name, value] = arguments, field = document.getElementById(name);
+    if (field.type !== "radio" && field.type !== "checkbox") {
+        field.value = value;
+        for (const event of ["input", "change"]) field.dispatchEvent(new Event(event));
+    } else if (field.checked !== value) field.click();
+"""
+
+
+def choose(browser, **fields):
+    """Sets form fields by id, with the events of a person doing so."""
+    for name, value in fields.items():
+        browser.execute_script(SET, name.replace("_", "-"), value)
+
+
+def counted(count, there=5000):
+    words = f"{count:,} rollout{'s' * (count != 1)} of {there:,}"
+    return words + (", the first 40 below" if count > 40 else "")
+
+
+COUNTS = "document.getElementById('counts').textContent"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_filters_of_five_thousand_rollouts(browser, tmp_path, width):
+    """Each filter, and all together, show what a loop over the rows selects."""
+    rows = [rollout(i) for i in range(5000)]
+    write_report([str(write_run(tmp_path / "run", rows))], ReportConfig())
+    show(browser, tmp_path / "run" / "report.html", width)
+    until(browser, COUNTS, counted(5000))
+    outcomes = {
+        "right": lambda row: row["reward"] == 1,
+        "wrong": lambda row: row["reward"] != 1 and row["prediction"] is not None,
+        "none": lambda row: row["prediction"] is None,
+    }
+    for name, is_so in outcomes.items():
+        choose(browser, **{f"outcome_{name}": True})
+        until(browser, COUNTS, counted(sum(map(is_so, rows))))
+        assert browser.execute_script("return document.querySelectorAll('.rollout').length") == 40
+        assert browser.execute_script(f"return document.querySelectorAll('.rollout.{name}').length") == 40
+    choose(browser, outcome_all=True)
+    for level, above in (("easy", 0.5), ("medium", 1.0), ("hard", 1.5)):
+        choose(browser, level=level)
+        until(browser, COUNTS, counted(sum(row["entropy"] > above for row in rows)))
+    choose(browser, level="any", search="EPSILON")
+    until(browser, COUNTS, counted(1000))
+    choose(browser, **{"from": "10", "to": "12"}, outcome_right=True, level="hard", search="delta")
+    selected = [
+        row
+        for row in rows
+        if 10 <= row["step"] <= 12 and row["entropy"] > 1.5 and row["reward"] == 1 and "delta" in str(row).lower()
+    ]
+    assert 0 < len(selected) < 40
+    until(browser, COUNTS, counted(len(selected)))
+    headers = browser.execute_script("return [...document.querySelectorAll('.rollout header')].map(e => e.textContent)")
+    shown = [int(re.search(r"document (\d+)", header)[1]) for header in headers]
+    assert sorted(shown) == [row["document"] for row in selected]
+    marks = browser.execute_script("return [...document.querySelectorAll('.rollout mark')].map(e => e.textContent)")
+    assert marks and {mark.lower() for mark in marks} == {"delta"}
+    choose(browser, search="nowhere to be found")
+    until(browser, COUNTS, counted(0))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_hostile_rollouts_are_text(browser, tmp_path, width):
+    """They show as they are, run nothing, fetch nothing, and long words do not widen the page."""
+    texts = [*HOSTILE, "x" * 3000]
+    rows = [
+        rollout(i, context=text, thought=text, prediction=text, truth=text, continuation=text)
+        for i, text in enumerate(texts)
+    ]
+    write_report([str(write_run(tmp_path / "run", rows, name="<b>x</b>"))], ReportConfig())
+    show(browser, tmp_path / "run" / "report.html", width)
+    choose(browser, order="earliest", all_settings=True)
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('pre.thought')].map(e => e.textContent.toWellFormed())"
+    )
+    assert shown == [text.replace("\ud83d", "\ufffd") for text in texts]
+    assert browser.execute_script("return [window.broken, document.images.length, document.scripts.length]") == [
+        None,
+        0,
+        2,
+    ]
+    assert browser.execute_script("return document.querySelector('h1').textContent") == "<b>x</b>"
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.browser
+def test_curves_and_tables_show_the_runs_numbers(browser, tmp_path):
+    """A line has a point a row; arrow keys walk along it; the tables hold the evaluation and what differs."""
+    pieces = [["sure ", -0.01], ["unsure", -2.5], [" lost", -9.0], [" end", None]]
+    runs = [
+        write_run(tmp_path / "a", [rollout(0, pieces=pieces)]),
+        write_run(tmp_path / "b", [rollout(1)], steps=20, learning_rate=2e-4),
+    ]
+    write_report([str(run) for run in runs], ReportConfig())
+    show(browser, tmp_path / "a" / "comparison.html", 1280)
+    chart = (
+        "[...document.querySelectorAll('.chart')].find(e => e.querySelector('strong').textContent === 'Right answers')"
+    )
+    until(browser, f"{chart}.querySelectorAll('path.line').length", 2)
+    points = browser.execute_script(
+        f"return [...{chart}.querySelectorAll('path.line')].map(e => e.getAttribute('d').match(/[ML]/g).length)"
+    )
+    assert points == [30, 20]
+    assert (
+        browser.execute_script(f"return {chart}.querySelector('.readout').textContent")
+        == "toy (a) 30.0 %toy (b) 20.0 %update 30, 20"
+    )
+    for key in ("Home", "ArrowRight", "ArrowRight"):
+        browser.execute_script(
+            f"{chart}.querySelector('svg').dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}'}}))"
+        )
+    assert (
+        browser.execute_script(f"return {chart}.querySelector('.readout').textContent")
+        == "toy (a) 3.0 %toy (b) 3.0 %update 3"
+    )
+    texts = "[...t.rows].map(r => [...r.cells].map(c => c.textContent))"
+    choose(browser, axis="hours", window="3")  # the readout starts anew, and is beside the mean of three updates
+    assert browser.execute_script(f"return {chart}.querySelector('.readout').textContent") == (
+        "toy (a) 30.0 % (mean 29.5 %)toy (b) 20.0 % (mean 19.5 %)update 30, 20"
+    )
+    tables = dict(
+        browser.execute_script(
+            f"return [...document.querySelectorAll('table')].map(t => [t.caption.textContent, {texts}])"
+        )
+    )
+    assert ["update.learning_rate", "1e-4", "2e-4"] in tables["Settings that differ between the runs"]
+    assert not any(row[0] == "update.beta1" for row in tables["Settings that differ between the runs"])
+    hard = [row for row in tables["Next-token accuracy on held-out positions"] if "16" in row][2:]
+    assert len(hard) == 2 and all(
+        row[2:] == ["16", "–", "50.0 %", "37.8 – 62.3", "6.25", "50.0 %", "75.0 %", "9.5", "64"] for row in hard
+    )
+    shades = browser.execute_script(
+        "return [...document.querySelectorAll('.thought .piece')].map(e => [e.textContent, e.className])"
+    )
+    assert shades == [["sure ", "piece shade0"], ["unsure", "piece shade2"], [" lost", "piece shade5"]]
+
+
+@pytest.mark.browser
+def test_a_run_that_has_only_begun(browser, tmp_path):
+    """Nothing but settings, as right after the start: the page says so and shows them."""
+    run = write_run(tmp_path / "run", [], steps=0)
+    for stream in ("metrics", "rollouts", "evaluations"):
+        (run / f"{stream}.jsonl").unlink()
+    write_report([str(run)], ReportConfig())
+    show(browser, run / "report.html", 390)
+    text = browser.execute_script("return document.body.innerText")
+    assert "metrics.jsonl has no rows yet" in text and "rollouts.jsonl holds none" in text and "none yet" in text
+    headings = browser.execute_script("return [...document.querySelectorAll('h2')].map(e => e.textContent)")
+    assert headings == ["Overview", "Curves", "Rollouts", "Configuration"]
+    settings = browser.execute_script("return document.querySelector('#configuration table').textContent")
+    assert "batch_size8256" in settings  # the toy's beside the default
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
