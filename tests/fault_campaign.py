@@ -2,7 +2,7 @@
 
     python tests/fault_campaign.py --kills 20 --processes 1 2 --results experiments/results/faults.csv
 
-A row a run: what it was doing when the signal came, where it went on, and whether parameters, optimizer state and all
+A row a run: what it was doing when the signal came (saving goes on behind the next steps), where it went on, and whether parameters, optimizer state and all
 rows of metrics, rollouts and evaluations are bitwise those of the run left alone. SIGKILL takes all processes, as the
 loss of a machine does; SIGTERM reaches one of them, and all must save and end. Two cores: about 15 s a run and process.
 """
@@ -26,7 +26,7 @@ from rpt_jax.learning import checkpoints, run_folder
 
 STREAMS = run_folder.STREAMS
 UNLIKE = re.compile("seconds|second$|programs_compiled")  # names of figures that tell of time
-COLUMNS = ("processes", "signal", "phase", "step", "continued_from", "restarts", "same", "seconds")
+COLUMNS = ("processes", "signal", "aimed_at", "phase", "step", "continued_from", "restarts", "same", "seconds")
 
 
 def start(folder: Path, processes: int):
@@ -61,7 +61,7 @@ def strike(running, folder: Path, number: int, wanted: str, randomly: random.Ran
         left -= phase == wanted != before
         before = phase
         time.sleep(0.0005)
-    time.sleep(randomly.random() * 0.05)
+    time.sleep(randomly.random() * 0.02)
     met = phase_file.read_text()
     for process in running if number == signal.SIGKILL else [randomly.choice(running)]:
         process.send_signal(number)
@@ -87,6 +87,7 @@ def one_fault(folder: Path, alone: Path, processes: int, number: int, wanted: st
     return {
         "processes": processes,
         "signal": signal.Signals(number).name,
+        "aimed_at": wanted,
         "phase": met,
         "step": step,
         "continued_from": "" if saved is None else saved,

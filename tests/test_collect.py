@@ -1,7 +1,9 @@
 """Claims: dynamic sampling keeps groups that disagree, in the order sampled, refills within its rounds, and queues the
 positions it has too many of; rows of a batch belong together; the metrics are what they are called."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -162,11 +164,12 @@ def test_rollouts_are_shown_as_they_are():
     responses = [[*encode("a b</think>\\boxed{4}"), end], encode("0</think>\\boxed{")]
     width = max(map(len, responses))
     tokens_NGR = np.array([[response + [0] * (width - len(response)) for response in responses]])
+    logprobs_NGR = -np.arange(2 * width, dtype=np.float32).reshape(1, 2, width) / 8
     truth = np.frombuffer(b"4.\0\0", np.uint8)[None]
     groups = Groups(
         (Position(1, toy.TARGET, 1.5),),
         Prompts(None, None, None, truth, np.array([[True, True, False, False]]), None),
-        Rollouts(tokens_NGR, np.array([list(map(len, responses))]), None, np.array([[True, False]])),
+        Rollouts(tokens_NGR, np.array([list(map(len, responses))]), logprobs_NGR, np.array([[True, False]])),
         np.array([[True, False]]),
         np.array([[1.0, 0.0]], np.float32),
     )
@@ -186,8 +189,23 @@ def test_rollouts_are_shown_as_they_are():
         "reward": 1.0,
         "finished": True,
         "tokens": len(responses[0]),
+        "pieces": [[text, -i / 8] for i, text in enumerate(["a", " ", "b", "</think>", "\\boxed{", "4", "}", ""])],
     }
+    assert second["pieces"] == [["0", -width / 8], ["</think>", -(width + 1) / 8], ["\\boxed{", -(width + 2) / 8]]
     assert (second["thought"], second["prediction"], second["finished"]) == ("0", None, False)
+
+
+def test_characters_that_tokens_share_are_shown_whole():
+    """The euro sign is e2 82 ac, here in two tokens: one piece, with the log-prob of both."""
+    contents = [b"<", b"\xe2\x82", b"\xac", b">", b"\xe2"]
+    stub = SimpleNamespace(bytes_of=lambda ids: b"".join(contents[i] for i in ids))
+    groups = groups_of([Position(0, toy.TARGET, 0.0)] * N, set())
+    logprobs_NGR = np.tile(-np.array([1, 2, 4, 8, 16], np.float32), (N, G, 1))
+    tokens_NGR, lengths_NG = np.tile(np.arange(5), (N, G, 1)), np.full((N, G), 5)
+    rollouts = groups.rollouts.replace(tokens_NGR=tokens_NGR, lengths_NG=lengths_NG, logprobs_NGR=logprobs_NGR)
+    source = Source(toy.config("unused"), toy.model(), stub, None, [np.zeros(4, np.int32)], (), None)
+    (row,) = collect.shown(source, dataclasses.replace(groups, rollouts=rollouts), 1, 0)
+    assert row["pieces"] == [["<", -1], ["€", -6], [">", -8], ["\ufffd", -16]]
 
 
 def test_shown_rollouts_are_spread_over_prompts():

@@ -108,7 +108,7 @@ def marked(path: Path):
             setattr(module, name, marked)
 
         for place, mark in zip(
-            ((train, "collect"), (train, "train_step"), (checkpoints, "save"), (train, "_maybe_evaluate")),
+            ((train, "collect"), (train, "_update"), (checkpoints, "save"), (train, "_maybe_evaluate")),
             PHASES,
             strict=True,
         ):

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config, ModelConfig
+from rpt_jax.corpus.pieces import readable_pieces
 from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answers
 from rpt_jax.corpus.tokenizer import Tokenizer
@@ -200,7 +201,8 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
     """Up to `count` rollouts of a step for people to read: evenly spread over prompts, members in turn.
 
     context is the end of what stands before the position, truth its first token, continuation a little more of it.
-    Bytes that are no UTF-8 show as U+FFFD.
+    pieces is the whole response as [text, log-prob] of each token, those that share a character together. Bytes that
+    are no UTF-8 show as U+FFFD.
     """
     N, G = groups.rewards_NG.shape
     for i in range(min(count, N * G)):
@@ -211,7 +213,9 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
             array[n : n + 1, g : g + 1] for array in (rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
         )
         ((answer,),) = parse_answers(source.tokenizer, *one)
-        response = source.tokenizer.bytes_of(rollouts.tokens_NGR[n, g, : rollouts.lengths_NG[n, g]].tolist())
+        length = int(rollouts.lengths_NG[n, g])
+        contents = [source.tokenizer.bytes_of([token]) for token in rollouts.tokens_NGR[n, g, :length].tolist()]
+        response = b"".join(contents)
         truth = prompts.truth_NX[n].tobytes()
         first = int(np.argmax(prompts.boundaries_NX[n])) + 1
         yield {
@@ -227,7 +231,11 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
             "continuation": _text(truth[:SHOWN_TRUTH].rstrip(b"\0")),
             "reward": float(groups.rewards_NG[n, g]),
             "finished": bool(rollouts.finished_NG[n, g]),
-            "tokens": int(rollouts.lengths_NG[n, g]),
+            "tokens": length,
+            "pieces": [
+                [text, round(p, 4)]
+                for text, p in readable_pieces(contents, rollouts.logprobs_NGR[n, g, :length].tolist())
+            ],
         }
 
 
