@@ -2,10 +2,10 @@
 
     python tests/fault_campaign.py --kills 20 --processes 1 2 --results experiments/results/faults.csv
 
-A row a run: what it was doing when the signal came (saving goes on behind the next steps), where it went on, and whether
-parameters, optimizer state and all rows of metrics, rollouts and evaluations are bitwise those of the run left alone.
-SIGKILL takes all processes, as the loss of a machine does; SIGTERM reaches one of them, and all must save and end. About
-20 s a run and process on two cores.
+A row a run: what it was doing when the signal came (saving goes on behind the next steps), where it went on, and
+whether parameters, optimizer state and all rows of metrics, rollouts and evaluations are bitwise those of the run left
+alone. SIGKILL takes all processes, as the loss of a machine does; SIGTERM reaches one of them, and all must save and
+end. About 20 s a run and process on two cores.
 """
 
 import argparse
