@@ -5,11 +5,9 @@ In: MeshConfig, trees of logical axis names (decoder.logical_axes), host arrays.
 with many, every process calls the same functions in the same order. The paper (arXiv 2506.08007) says nothing of it.
 """
 
-import hashlib
 import logging
 import os
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -21,7 +19,6 @@ from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
 
-LONGEST_ERROR = 2048  # bytes of a message from process 0 to the others
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
@@ -254,42 +251,6 @@ def start_distributed(config: MeshConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**settings)
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
-
-
-def require_agreement(facts: Mapping[str, str]) -> None:
-    """Raises InputError, in all processes alike, where one of them has other facts than process 0; names its host.
-
-    facts: what all must have in common, by what it is called; the same names everywhere. A collective.
-    """
-    if jax.process_count() == 1:
-        return
-    digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in facts.values()]
-    host = socket.gethostname().encode()[:64].ljust(64)
-    every = multihost_utils.process_allgather(np.frombuffer(b"".join([host, *digests]), np.uint8))
-    hosts_P, facts_PF8 = every[:, :64], every[:, 64:].reshape(len(every), len(facts), 8)
-    for process, fact in np.argwhere((facts_PF8 != facts_PF8[0]).any(axis=2)):
-        name = hosts_P[process].tobytes().decode().strip()
-        raise InputError(
-            f"process {process} on host {name!r} has another {list(facts)[fact]} than process 0: give all hosts the "
-            "same code, settings and files, then start again"
-        )
-
-
-def in_first_process(act: Callable[[], None]) -> None:
-    """Calls `act` in process 0 alone; an InputError that it raises there is raised in all. A collective."""
-    said = b""
-    if jax.process_index() == 0:
-        try:
-            act()
-        except InputError as error:
-            if jax.process_count() == 1:
-                raise
-            said = str(error).encode()[:LONGEST_ERROR]
-    if jax.process_count() > 1:
-        line = np.frombuffer(said.ljust(LONGEST_ERROR, b"\0"), np.uint8)
-        said = multihost_utils.broadcast_one_to_all(line).tobytes().rstrip(b"\0")
-        if said:
-            raise InputError(said.decode(errors="replace"))
 
 
 def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platforms: str) -> dict | None:

@@ -7,6 +7,7 @@ steps). An update is waited for: its state is donated. A second Ctrl-C kills as 
 """
 
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -44,8 +45,9 @@ class Preemption:
     def may_break_off(self) -> Iterator[None]:
         """Inside, a signal raises Abandoned: at once, also one that came before, or with several processes where all
         of them are `passing`."""
-        self.may_break, before = True, _watched.set(self)
+        before = _watched.set(self)
         try:
+            self.may_break = True
             if self.breaks_at_once() and self.number:
                 raise Abandoned
             yield
@@ -105,13 +107,20 @@ def watch() -> Iterator[Preemption]:
 
 
 def _ask(ended: threading.Event) -> None:
-    """Sends this process SIGTERM when the metadata server announces the end of the machine."""
+    """Sends this process SIGTERM when the metadata server announces the end of the machine.
+
+    Gives up where no server ever answered; one that did is asked again whatever happens in between.
+    """
+    answered = False
     while not ended.wait(POLLED):
         try:
             announced = [f"{name}={said}" for name, end in NOTICES.items() if (said := _metadata(name)).startswith(end)]
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            if answered:
+                continue
             log.info("no metadata server tells of preemption (%s): only SIGTERM and Ctrl-C do", error)
             return
+        answered = True
         if announced:
             log.warning("Google Cloud announces the end of this machine (%s): saving", ", ".join(announced))
             os.kill(os.getpid(), signal.SIGTERM)

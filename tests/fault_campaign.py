@@ -115,6 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each signal")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--phases", nargs="+", choices=toy_run.PHASES, default=toy_run.PHASES, help="aimed at in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", default="experiments/results/faults.csv")
     given = parser.parse_args()
@@ -135,7 +136,7 @@ def main():
 
         every = itertools.product(given.processes, (signal.SIGKILL, signal.SIGTERM), range(given.kills))
         for processes, number, index in every:
-            phase = toy_run.PHASES[index % len(toy_run.PHASES)]
+            phase = given.phases[index % len(given.phases)]
             report(strike_and_compare(Path(folder), processes, number, phase, given.seed + index))
     lost = [row for row in found if not row["same"]]
     print(f"{len(found)} runs struck, {len(found) - len(lost)} the same to the bit, {len(lost)} not")

@@ -227,6 +227,10 @@ def test_a_tokenizer_of_another_vocabulary_is_named_with_both_numbers(folder, tm
     ("change", "message"),
     [
         (lambda folder: (folder / "policy.json").unlink(), "no policy in .*policy.json"),
+        (
+            lambda folder: (folder / "policy.json").rename(folder / "config.json"),
+            "no policy in .*rpt convert hf-to-orbax",
+        ),
         (lambda folder: (folder / "policy.json").write_text("{"), "policy.json is no JSON"),
         (lambda folder: (folder / "policy.json").write_text('{"format": 1}'), "policy.json has no 'model'"),
         (lambda folder: (folder / "params.npz").unlink(), "params.npz cannot be read"),

@@ -23,6 +23,7 @@ ORDER = [
     "rpt_jax.records",
     "rpt_jax.config",
     "rpt_jax.mesh",
+    "rpt_jax.agreement",
     "rpt_jax.preemption",
     "rpt_jax.compilation",
     "rpt_jax.corpus.tokenizer_files",

@@ -6,10 +6,16 @@ import signal
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
+import toy
 
 from rpt_jax import preemption
+from rpt_jax.config import SampleConfig
+from rpt_jax.policy import sampler
+from rpt_jax.records import Prompts
+from rpt_jax.study import evaluate
 
 
 def test_a_signal_breaks_off_only_inside():
@@ -107,6 +113,17 @@ def test_without_a_metadata_server_only_signals_tell(monkeypatch, caplog):
     assert "no metadata server tells of preemption" in caplog.text
 
 
+def test_a_server_that_fails_in_between_is_asked_again(metadata, monkeypatch):
+    """What it says of nothing known is an error of the connection here."""
+    with preemption.watch() as told, pytest.raises(preemption.Abandoned), told.may_break_off():
+        time.sleep(0.1)
+        kept = metadata.pop("preempted")
+        time.sleep(0.1)
+        metadata["preempted"] = kept.replace("FALSE", "TRUE")
+        time.sleep(60)
+        pytest.fail("went on")
+
+
 def test_several_stop_where_all_pass(monkeypatch):
     """One is told; the signal itself breaks nothing off, the next common place does, and only inside."""
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
@@ -120,3 +137,21 @@ def test_several_stop_where_all_pass(monkeypatch):
             pytest.fail("went on")
         assert passed and told.agreed()
         preemption.passing()
+
+
+@pytest.mark.parametrize("place", ["sampler", "evaluate"])
+def test_sampler_and_evaluation_are_such_places(monkeypatch, place):
+    """Between two calls of the sampler, and between batches of the arg-max."""
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "process_allgather", lambda number: np.stack([number, 0 * number]))
+    told = preemption.Preemption(number=signal.SIGTERM)
+    model = toy.model()
+    monkeypatch.setattr(sampler, "to_host", lambda tree: jax.tree.map(np.asarray, tree))
+    with pytest.raises(preemption.Abandoned), told.may_break_off():
+        if place == "sampler":
+            prompts = Prompts(np.ones((1, 4), np.int32), np.array([4]), np.zeros((1, 2), np.uint32), None, None, None)
+            sampler.sample(toy.params(), model, SampleConfig(group_size=2), prompts, jax.random.key(0), (0,))
+        else:
+            options = {"limit": 8, "batch_size": 8}
+            evaluate.argmax_tokens(toy.params(), model, toy.annotated().documents, toy.targets(), **options)
+        pytest.fail("went on")

@@ -1,9 +1,7 @@
 """Claims: several processes make the run of one, to the bit where sums are of two; one continues what two began; hosts
 that differ are named; a run that was killed, or told to stop, ends as the one that was not."""
 
-import functools
 import signal
-import tempfile
 from pathlib import Path
 
 import fault_campaign
@@ -55,19 +53,19 @@ def test_hosts_that_differ_are_named(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
-@functools.cache
-def faults() -> Path:
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Path:
     """A folder for runs that share what is compiled, and the one that they are compared with."""
-    return Path(tempfile.mkdtemp())
+    return tmp_path_factory.mktemp("faults")
 
 
 @pytest.mark.parametrize(("number", "phase"), [(signal.SIGKILL, "SAVE"), (signal.SIGTERM, "SAMP")])
-def test_a_run_that_was_struck_ends_as_the_one_that_was_not(number, phase, monkeypatch):
+def test_a_run_that_was_struck_ends_as_the_one_that_was_not(faults, number, phase, monkeypatch):
     """The campaign in fault_campaign.py, with few faults."""
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         monkeypatch.setenv(name, "")  # what the campaign changes is put back
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-    row = fault_campaign.strike_and_compare(faults(), processes=2, number=number, phase=phase, seed=2)
+    row = fault_campaign.strike_and_compare(faults, processes=2, number=number, phase=phase, seed=2)
     assert row["same"] and row["restarts"] == 1, row
     if number == signal.SIGTERM:
         assert row["continued_from"] == row["step"]

@@ -150,8 +150,16 @@ def test_another_machine_continues_from_the_checkpoints_alone(tmp_path):
     assert_same_run(tmp_path / "second", folder)
     assert_same_run(tmp_path / "bucket" / "run", folder)
     assert_same_state(checkpoints.load_policy(tmp_path / "second")[1], state.params)
-    with pytest.raises(InputError, match="holds a run with seed=4, this one has 5"):
+    with pytest.raises(InputError, match="bucket/run holds a run with seed=4, this one has 5"):
         run(settings(tmp_path / "third", checkpoint=kept, seed=5))
+    with pytest.raises(InputError, match=f"checkpoints are in {tmp_path}/bucket .newest: 24., and .* has none"):
+        run(settings(tmp_path / "second"))
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    (mine / "config.json").write_text((mine / "config.json").read_text().replace('"seed": 4', '"seed": 6'))
+    with pytest.raises(InputError, match="mine holds a run with seed=6, this one has 4"):
+        run(settings(mine, checkpoint=kept))
+    assert '"seed": 6' in (mine / "config.json").read_text()  # not overwritten by what was in the bucket
 
 
 def test_the_queue_was_not_empty_where_the_run_continued():

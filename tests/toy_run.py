@@ -2,8 +2,8 @@
 
     python toy_run.py FOLDER --processes 2 --process 0 --port 4711 --devices 2 --mesh 2 1 2
 
-Writes FOLDER/params.npz at the end. FOLDER/phase, four bytes, says at any moment what process 0 is doing: SAMP(ling),
-UPDA(te), SAVE, EVAL(uation), or ELSE.
+Writes FOLDER/state.npz at the end. FOLDER.phase0, four bytes, says at any moment what process 0 is doing: SAMP(ling),
+UPDA(te), SAVE, EVAL(uation), or ELSE; and so on for the others.
 """
 
 import argparse
@@ -14,12 +14,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 import toy
 
+from rpt_jax import preemption
 from rpt_jax.config import CheckpointConfig, Config, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
 from rpt_jax.learning import checkpoints, train
 from rpt_jax.mesh import make_mesh, start_distributed, to_host
@@ -50,10 +53,9 @@ def run(config: Config, **options):
 
 def evaluate(params, step):
     """Figures of the parameters; takes a moment, and batches between which several processes may stop."""
-    from rpt_jax import preemption
-
     for _ in range(20):
         preemption.passing()
+        time.sleep(0.001)
         weight = float(params["head"].sum())
     return {"weight": weight}
 
@@ -84,8 +86,9 @@ def start(folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, **options)
 
 
 def finish(processes) -> list[str]:
-    """What they wrote to stderr, once all have ended."""
-    return [process.communicate()[1] for process in processes]
+    """What they wrote to stderr, once all have ended; read side by side, so that no pipe fills up."""
+    with ThreadPoolExecutor(len(processes)) as readers:
+        return [said for _, said in readers.map(subprocess.Popen.communicate, processes)]
 
 
 @contextlib.contextmanager
@@ -108,7 +111,7 @@ def marked(path: Path):
             setattr(module, name, marked)
 
         for place, mark in zip(
-            ((train, "collect"), (train, "_update"), (checkpoints, "save"), (train, "_maybe_evaluate")),
+            ((train, "collect"), (train, "_update"), (checkpoints, "save"), (sys.modules[__name__], "evaluate")),
             PHASES,
             strict=True,
         ):

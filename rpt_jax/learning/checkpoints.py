@@ -8,6 +8,7 @@ large model params/ (Orbax) stands for params.npz, of which every device reads i
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -127,13 +128,15 @@ def _restore(manager, step, items):
         raise InputError(f"no checkpoint {folder}; whole ones in {folder.parent}: {there}")
     try:
         found = manager.restore(step, args=items)
-        for name, wanted in found.host["fingerprints"].items():
+        for name, wanted in found.host.get("fingerprints", {}).items():  # earlier checkpoints have none
             if name in found and fingerprint(found[name]) != wanted:
                 raise ValueError(f"{name} differs from what was saved")
         return found
     except (jax.errors.JaxRuntimeError, MemoryError):  # says nothing of the file
         raise
     except Exception as error:  # Orbax raises this very class for a file that is cut short
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the storage failed, not the checkpoint
         others = sorted(set(manager.all_steps()) - {step})
         before = f"--checkpoint.on-damaged previous continues from step {others[-1]}" if others else ""
         remedy = before or "start the run anew"
@@ -202,11 +205,11 @@ def load_policy(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Pa
     folder = Path(folder)
     if (folder / "policy.json").is_file():
         return _load_folder(folder, mesh)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and "config" in read_json(folder / "config.json"):
         return _load_run(folder, mesh)
     raise InputError(
-        f"no policy in {str(folder)!r}: give a folder with policy.json (`rpt pretrain` makes one) or the folder of a "
-        "run that has saved a checkpoint"
+        f"no policy in {str(folder)!r}: give a folder with policy.json (`rpt pretrain` makes one, and "
+        "`rpt convert hf-to-orbax` of published weights) or the folder of a run that has saved a checkpoint"
     )
 
 
@@ -258,7 +261,7 @@ def _load_folder(folder, mesh):
 
 def _load_run(folder, mesh):
     config = from_dict(Config, read_json(folder / "config.json", "config")["config"], f"{folder}/config.json: config")
-    model, checkpoints = config.model, config.checkpoint.folder or folder / "checkpoints"
+    model, checkpoints = config.model, folder_of(dataclasses.replace(config, run_folder=str(folder)))
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_vocabulary(model, tokenizer, str(folder))
     like = _abstract_params(model, mesh)

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rpt_jax.agreement import together
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus.pieces import readable_pieces
 from rpt_jax.corpus.positions import Position
@@ -126,8 +127,9 @@ def roll(
     config, tokenizer, N = source.config, source.tokenizer, len(positions)
     start = time.perf_counter()
     rows = batch_rows(N, source.mesh)
-    mine = [positions[row] for row in rows]
-    own = assemble(tokenizer, source.template, config.prompt, source.documents, mine)
+    with together():
+        mine = [positions[row] for row in rows]
+        own = assemble(tokenizer, source.template, config.prompt, source.documents, mine)
     wide = own.replace(tokens_NT=_resize(own.tokens_NT, config.prompt.max_tokens))  # in all processes alike
     prompts = all_rows(wide, rows, N)
     prompts = prompts.replace(tokens_NT=_fit(prompts.tokens_NT, prompts.lengths_N))
@@ -249,8 +251,7 @@ def _names(record, *without: str) -> list[str]:
 
 def _fit(tokens_NT: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
     """Padded to one of few lengths."""
-    T = padded_length(max(64, int(lengths_N.max())))
-    return np.stack([_resize(tokens_T, T) for tokens_T in tokens_NT])
+    return _resize(tokens_NT, padded_length(max(64, int(lengths_N.max()))))
 
 
 def _resize(line: np.ndarray, width: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What makes a run the same run: on all of its hosts, and when it is continued.
 
-In: what the loop was given. Out: facts to compare, for run_folder.require_same_run and mesh.require_agreement.
+In: what the loop was given. Out: facts to compare, for run_folder.require_same_run and agreement.require_agreement.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def of_inputs(source: Source, params: Params, positions: Positions) -> dict:
 
 
 def of_host(config: Config, inputs: dict) -> dict[str, str]:
-    """What all hosts have in common; `inputs` from of_inputs. For mesh.require_agreement."""
+    """What all hosts have in common; `inputs` from of_inputs. For agreement.require_agreement."""
     code = run_folder.provenance()
     settings = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, process=-1))
     return {

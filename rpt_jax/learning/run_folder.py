@@ -13,6 +13,7 @@ Process 0 writes; the others call alike and write nothing.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -27,15 +28,16 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
+from rpt_jax.agreement import in_first_process
 from rpt_jax.config import Config, from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning import checkpoints
 from rpt_jax.learning.checkpoints import read_json
-from rpt_jax.mesh import in_first_process
 from rpt_jax.records import InputError
 
 KEPT = "run"  # folder beside the checkpoints, where those have one of their own
@@ -91,18 +93,37 @@ def find(config: Config, identity: dict) -> int | None:
     """Updates made at the newest checkpoint of this run, None where there is none; see require_same_run.
 
     Where checkpoints have a folder of their own, the run's small files beside them are brought here: another machine
-    may have written them.
+    may have written them. Raises InputError where the run folder's own checkpoints are in another folder than
+    config says: the run would begin anew over its rows.
     """
-    start = checkpoints.newest_step(checkpoints.folder_of(config))
+    folder, here = checkpoints.folder_of(config), Path(config.run_folder)
+    start = checkpoints.newest_step(folder)
 
     def check():
+        if start is None:
+            _require_no_other_checkpoints(here, folder)
+            return
         if config.checkpoint.folder:
-            _copy(checkpoints.folder_of(config) / KEPT, epath.Path(config.run_folder))
-        require_same_run(config, identity, start)
+            require_same_run(config, identity, start, folder / KEPT)
+        if (here / "config.json").is_file() or not config.checkpoint.folder:
+            require_same_run(config, identity, start, here)
+        if config.checkpoint.folder:
+            _copy(folder / KEPT, epath.Path(here))
 
-    if start is not None:
-        in_first_process(check)
+    in_first_process(check)
     return start
+
+
+def _require_no_other_checkpoints(here: Path, folder: epath.Path) -> None:
+    if not (here / "config.json").is_file():
+        return
+    before = checkpoints.folder_of(dataclasses.replace(read_config(here), run_folder=str(here)))
+    steps = ocp.utils.checkpoint_steps(before) if before != folder and before.is_dir() else []
+    if steps:
+        raise InputError(
+            f"{here} holds a run whose checkpoints are in {before} (newest: {max(steps)}), and {folder} has none: give "
+            "the same --checkpoint.folder to continue it, or choose another --run-folder"
+        )
 
 
 def keep_copy(log: RunLog, config: Config) -> None:
@@ -144,12 +165,14 @@ def read_config(folder: Path) -> Config:
     return from_dict(Config, read_json(path, "config")["config"], str(path))
 
 
-def require_same_run(config: Config, identity: dict, start: int) -> None:
-    """Raises InputError, with both values, where the folder holds the checkpoints (newest: `start`) of another run.
+def require_same_run(config: Config, identity: dict, start: int, folder: Path | epath.Path | None = None) -> None:
+    """Raises InputError, with both values, where a folder holds the rows of another run than that of the checkpoints.
+
+    start: the newest checkpoint. folder: config's run folder where none is given.
 
     What may differ: FREE, FREE_INSIDE, and `steps` where the schedule does not depend on it.
     """
-    folder = Path(config.run_folder)
+    folder = Path(config.run_folder) if folder is None else folder
     there = read_json(folder / "config.json", "config", "identity")
     before = from_dict(Config, there["config"], f"{folder / 'config.json'}: config")  # settings since added: defaults
     old, new = _bound(to_dict(before)), _bound(to_dict(config))

@@ -19,6 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpt_jax import compilation, preemption
+from rpt_jax.agreement import require_agreement
 from rpt_jax.config import Config, ModelConfig, parts_of_groups
 from rpt_jax.corpus.positions import (
     AnnotatedDocuments,
@@ -42,7 +43,7 @@ from rpt_jax.learning.update import (
     response_logprobs,
     train_step,
 )
-from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place, require_agreement
+from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
 from rpt_jax.records import InputError, Params
 

@@ -1,0 +1,66 @@
+"""What the processes of a run tell each other on the host: that they run the same, and that one of them cannot go on.
+
+In a single process nothing is said. All functions here are collectives: every process calls them alike.
+"""
+
+import contextlib
+import hashlib
+import socket
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rpt_jax.records import InputError
+
+LONGEST_ERROR = 2048  # bytes of a message from one process to the others
+
+
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """Raises InputError, in all processes alike, where one of them has other facts than process 0; names its host.
+
+    facts: what all must have in common, by what it is called; the same names everywhere. A collective.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in facts.values()]
+    host = socket.gethostname().encode()[:64].ljust(64)
+    every = multihost_utils.process_allgather(np.frombuffer(b"".join([host, *digests]), np.uint8))
+    hosts_P, facts_PF8 = every[:, :64], every[:, 64:].reshape(len(every), len(facts), 8)
+    for process, fact in np.argwhere((facts_PF8 != facts_PF8[0]).any(axis=2)):
+        name = hosts_P[process].tobytes().decode().strip()
+        raise InputError(
+            f"process {process} on host {name!r} has another {list(facts)[fact]} than process 0: give all hosts the "
+            "same code, settings and files, then start again"
+        )
+
+
+def in_first_process(act: Callable[[], None]) -> None:
+    """Calls `act` in process 0 alone; what it raises there ends all, see together."""
+    with together():
+        if jax.process_index() == 0:
+            act()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What a process raises inside ends all of them, so that none waits for it in vain. A collective at the end.
+
+    Inside there must be no collective. Who raised raises that again, the others InputError with the first one's words.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    raised, said = None, b""
+    try:
+        yield
+    except Exception as error:  # goes on below, in every process
+        raised, said = error, str(error).encode()[:LONGEST_ERROR] or type(error).__name__.encode()
+    line = np.frombuffer(said.ljust(LONGEST_ERROR, b"\0"), np.uint8)
+    every = [each.tobytes().rstrip(b"\0").decode(errors="replace") for each in multihost_utils.process_allgather(line)]
+    if raised is not None:
+        raise raised
+    for process, text in enumerate(every):
+        if text:
+            raise InputError(f"process {process}: {text}")
