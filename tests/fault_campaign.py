@@ -134,8 +134,8 @@ def main():
             file.flush()
             print(row, flush=True)
 
-        every = itertools.product(given.processes, (signal.SIGKILL, signal.SIGTERM), range(given.kills))
-        for processes, number, index in every:
+        every = itertools.product(given.processes, range(given.kills), (signal.SIGKILL, signal.SIGTERM))
+        for processes, index, number in every:
             phase = given.phases[index % len(given.phases)]
             report(strike_and_compare(Path(folder), processes, number, phase, given.seed + index))
     lost = [row for row in found if not row["same"]]
