@@ -1,0 +1,74 @@
+"""Claims: what one process raises ends all of them, each with the words that say why; nobody else is held up.
+
+That hosts which differ are named is shown in test_processes.py, with real ones.
+"""
+
+import numpy as np
+import pytest
+
+from rpt_jax import agreement
+from rpt_jax.records import InputError
+
+
+class Missing(Exception):
+    pass
+
+
+@pytest.fixture
+def of_two(monkeypatch):
+    """Plays process `index` of two; `other` is what the other one says."""
+
+    def play(index, other=b""):
+        monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(agreement.jax, "process_index", lambda: index)
+
+        def allgather(line):
+            theirs = np.frombuffer(other.ljust(agreement.LONGEST_ERROR, b"\0"), np.uint8)
+            return np.stack([line, theirs] if index == 0 else [theirs, line])
+
+        monkeypatch.setattr(agreement.multihost_utils, "process_allgather", allgather)
+
+    return play
+
+
+def fail():
+    raise Missing("no file träume.jsonl")
+
+
+def test_alone_an_error_is_itself():
+    with pytest.raises(Missing), agreement.together():
+        fail()
+    with pytest.raises(Missing):
+        agreement.in_first_process(fail)
+
+
+def test_who_raises_keeps_the_error_and_the_other_gets_its_words(of_two):
+    of_two(0)
+    with pytest.raises(Missing), agreement.together():
+        fail()
+    of_two(1, other="no file träume.jsonl".encode())
+    with pytest.raises(InputError, match="process 0: no file träume.jsonl"), agreement.together():
+        pass
+    of_two(0, other=b"disk full")
+    with pytest.raises(InputError, match="process 1: disk full"), agreement.together():
+        pass
+    with pytest.raises(Missing), agreement.together():  # both: each its own
+        fail()
+
+
+def test_an_error_without_words_or_with_too_many_is_told_too(of_two):
+    of_two(0)
+    for error in (KeyError(), ValueError("x" * 5000)):
+        with pytest.raises(type(error)), agreement.together():
+            raise error
+    of_two(1, other=b"KeyError")
+    with pytest.raises(InputError, match="process 0: KeyError"), agreement.together():
+        pass
+
+
+def test_nothing_happens_where_nobody_raises(of_two):
+    of_two(1)
+    with agreement.together():
+        done = True
+    assert done
+    agreement.in_first_process(fail)  # runs in process 0 alone
