@@ -428,6 +428,56 @@ def test_curves_and_tables_show_the_runs_numbers(browser, tmp_path):
 
 
 @pytest.mark.browser
+def test_ticks_end_wherever_numbers_lie(browser, tmp_path):
+    """One update at 1e16 FLOPs: the next whole number cannot be told apart from it; nor can others of one place."""
+    run = write_run(tmp_path / "run", [], steps=1)
+    (run / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5, "flops_sample": 1e16, "flops_update": 0}\n')
+    write_report([str(run)], ReportConfig())
+    show(browser, run / "report.html", 1280)
+    browser.set_script_timeout(20)
+    ends = ((3, 3 + 4.4e-16, 4), (1e16, 1e16, 4), (0, 0, 4), (-1, 1, 4), (0, 1e16, 4))
+    assert [browser.execute_script("return ticks(...arguments)", *each) for each in ends] == [
+        *([3], [1e16], [0], [-1, -0.5, 0, 0.5, 1]),
+        [0, 5e15, 1e16],
+    ]
+    choose(browser, axis="flops")
+    assert browser.execute_script("return document.querySelectorAll('.chart path.line').length") > 0
+
+
+@pytest.mark.browser
+def test_a_drag_that_is_broken_off_is_over(browser, tmp_path):
+    """One that begins at update 0 is a drag, too, until the pointer is lost; only one that is let go zooms."""
+    write_report([str(write_run(tmp_path / "run", []))], ReportConfig())
+    show(browser, tmp_path / "run" / "report.html", 1280)
+    drag = """
+        const plot = document.querySelector(".chart svg"), box = plot.getBoundingClientRect();
+        plot.setPointerCapture = () => {};
+        const areas = [];
+        for (const [kind, x] of arguments[0]) {
+            const clientX = x < 0 ? box.left : box.right - 40;
+            plot.dispatchEvent(new PointerEvent(kind, { clientX, pointerType: "mouse", pointerId: 1 }));
+            areas.push(plot.querySelectorAll(".drag").length);
+        }
+        return [areas, document.getElementById("unzoom").hidden];
+    """
+    begun = [["pointerdown", -1], ["pointermove", 1], ["pointerleave", 1]]
+    for lost in ("pointercancel", "lostpointercapture"):
+        events = [*begun, [lost, 1], ["pointermove", 1], ["pointerup", 1]]
+        assert browser.execute_script(drag, events) == [[0, 1, 1, 0, 0, 0], True]
+    assert browser.execute_script(drag, [*begun, ["pointerup", 1]])[1] is False
+
+
+@pytest.mark.browser
+def test_a_rollout_without_entropy_is_of_no_difficulty(browser, tmp_path):
+    rows = [rollout(0, entropy=None), rollout(1, entropy=0.25), rollout(2, entropy=0.75)]
+    write_report([str(write_run(tmp_path / "run", rows))], ReportConfig())
+    show(browser, tmp_path / "run" / "report.html", 1280)
+    for level, count in (("any", 3), ("below", 1), ("easy", 1)):
+        choose(browser, level=level)
+        until(browser, COUNTS, counted(count, 3))
+
+
+@pytest.mark.browser
 def test_a_run_that_has_only_begun(browser, tmp_path):
     """Nothing but settings, as right after the start: the page says so and shows them."""
     run = write_run(tmp_path / "run", [], steps=0)
