@@ -71,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    if as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
+    if "commands" in figures and not as_json:  # for a shell: nothing else on stdout
+        print("\n".join(figures["commands"]))
+    elif as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
         show(figures, as_json)
+    if figures.get("signal"):
+        return 128 + figures["signal"]
     return 0 if figures.get("fits", True) and not figures.get("failed") else 1
 
 
