@@ -129,8 +129,8 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "report":
         from rpt_jax.study import report
 
-        folders = [given, *leading(words)] if given else []
-        return report.write_report(folders, parse(command, report.ReportConfig(), words))
+        given = [*filter(None, [given]), *places(words)]
+        return report.write_report(given, parse(command, report.ReportConfig(), words))
     if command == "patterns":
         from rpt_jax.study import patterns
 
@@ -154,10 +154,17 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     return commands.run_evaluate(parse(command, start, words))
 
 
-def leading(words: list[str]) -> list[str]:
-    """Takes the words before the first flag out of `words`."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    taken, words[:] = words[:count], words[count:]
+def places(words: list[str]) -> list[str]:
+    """Takes the words that are neither flags nor the value of one out of `words`; every flag has a value."""
+    taken, left, queue = [], [], iter(words)
+    for word in queue:
+        if not word.startswith("-"):
+            taken.append(word)
+            continue
+        left.append(word)
+        if "=" not in word and word not in ("-h", "--help"):
+            left += [value for value in [next(queue, None)] if value is not None]
+    words[:] = left
     return taken
 
 

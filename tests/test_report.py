@@ -195,7 +195,34 @@ def test_fits_are_found_by_their_keys(tmp_path):
     run = write_run(tmp_path / "run", [])
     fit = {"A": -2.0, "alpha": 0.3, "P_star": 0.8, "r2": 0.99, "verdict": "holds"}
     (run / "fit.json").write_text(json.dumps({"small": {"hard": fit, "easy": {"A": 1}}, "rows": [1, 2]}))
-    assert report.read_run(run)["fits"] == [{"name": "small/hard", "values": fit}]
+    (run / "whole.json").write_text(json.dumps(fit))
+    small, whole = {"name": "small/hard", "values": fit}, {"name": "whole", "values": fit}
+    assert report.read_run(run)["fits"] == [small, whole]
+
+
+def test_what_rpt_fit_writes_can_be_given(tmp_path, capsys):
+    """Beside a run, as the table's owner would: the page has its laws; a file without any is named."""
+    run = write_run(tmp_path / "run", [])
+    columns = "size,seed,steps,flops_sample,flops_update,hard.reasoning,hard.positions"
+    rows = [f"s,{seed},{steps},{steps}e9,{steps}e9,0.5,400" for steps in (1, 4, 16, 64) for seed in (0, 1)]
+    (tmp_path / "a.csv").write_text("\n".join([columns, *rows]) + "\n")
+    assert cli.main(["fit", str(tmp_path / "a.csv"), "--sets", "100", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "a.fit.json").read_text()) == figures
+    assert cli.main(["report", "--rollouts", "9", str(run), str(tmp_path / "a.fit.json")]) == 0
+    data = json.loads(Elements((run / "report.html").read_text()).texts("script")[0])
+    assert data["fits"] == [{"name": "s/hard", "values": figures["s"]["hard"]}] and len(data["runs"]) == 1
+    capsys.readouterr()
+    assert (
+        cli.main(["report", str(run), str(tmp_path / "a.csv")]) == 2 and "a.csv has no fit" in capsys.readouterr().err
+    )
+    assert cli.main(["report", str(tmp_path / "a.fit.json")]) == 2 and "no run named" in capsys.readouterr().err
+
+
+def test_a_last_row_without_line_break_counts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    (tmp_path / "b.jsonl").write_text('{"step": 1}\n{"step": 2')
+    assert [len(report.read_rows(tmp_path / f"{name}.jsonl")) for name in "ab"] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +231,9 @@ def test_fits_are_found_by_their_keys(tmp_path):
         ("metrics", "{nan", r"metrics.jsonl:31: not a row of JSON"),
         ("evaluations", "[1]", r"evaluations.jsonl:3: a row without 'step'"),
         ("rollouts", '{"thought": ""}', r"rollouts.jsonl:2: a row without 'step'"),
+        ("rollouts", '{"step": 1, "pieces": [["a", "b"]]}', r"rollouts.jsonl:2: `pieces` is no list"),
+        ("rollouts", '{"step": 1, "pieces": [["a"]]}', r"rollouts.jsonl:2: `pieces` is no list"),
+        ("rollouts", '{"step": 1, "pieces": 7}', r"rollouts.jsonl:2: `pieces` is no list"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, stream, line, message):
@@ -223,6 +253,17 @@ def test_what_cannot_be_reported_is_said(tmp_path, capsys):
     ):
         assert cli.main(["report", *map(str, words)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_folders_may_stand_behind_flags(tmp_path):
+    """Anywhere; the value of a flag is none of them."""
+    runs = [str(write_run(tmp_path / name, [rollout(0)])) for name in "ab"]
+    page = str(tmp_path / "x.html")
+    for words in (["--output", page, *runs], [runs[0], f"--output={page}", runs[1]], [*runs, "--output", page]):
+        assert cli.main(["report", *words]) == 0 and (tmp_path / "x.html").is_file()
+        data = json.loads(Elements((tmp_path / "x.html").read_text()).texts("script")[0])
+        assert [run["folder"] for run in data["runs"]] == runs
+        (tmp_path / "x.html").unlink()
 
 
 def test_the_command_compares_runs(tmp_path, capsys):
