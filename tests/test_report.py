@@ -519,6 +519,20 @@ def test_a_rollout_without_entropy_is_of_no_difficulty(browser, tmp_path):
 
 
 @pytest.mark.browser
+def test_fits_of_runs_and_of_files_are_one_table(browser, tmp_path):
+    """Those of a run have its label where there are several, those of a file their place in it."""
+    runs = [write_run(tmp_path / name, []) for name in "ab"]
+    fit = {"A": -2.0, "alpha": 0.25, "P_star": 0.75, "r2": 0.5, "verdict": "law"}
+    for path, content in ((runs[1] / "own.json", fit), (tmp_path / "x.fit.json", {"s": {"hard": fit}})):
+        path.write_text(json.dumps(content))
+    write_report([*map(str, runs), str(tmp_path / "x.fit.json")], ReportConfig())
+    show(browser, runs[0] / "comparison.html", 1280)
+    cells = "[...document.querySelectorAll('#fits tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    figures = ["-2", "0.25", "0.75", "0.5", "law"]
+    assert browser.execute_script(f"return {cells}") == [["s, hard", *figures], ["toy (b): own", *figures]]
+
+
+@pytest.mark.browser
 def test_a_run_that_has_only_begun(browser, tmp_path):
     """Nothing but settings, as right after the start: the page says so and shows them."""
     run = write_run(tmp_path / "run", [], steps=0)
