@@ -12,7 +12,7 @@ its own seed, and not a checkpoint of a longer run. Texts, filter and RPT are th
 learning rate. Held-out texts are the same everywhere; which of their positions are easy, medium and hard is for each
 base to say. Settings were chosen by the rewards of training rollouts of another seed (7), never by held-out texts:
 budgets begin where the rise has set in, for a law of this form has no slow start.
-Measured result: see LOG.md.
+Measured result: not recorded yet.
 """
 
 from dataclasses import replace

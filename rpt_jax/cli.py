@@ -71,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    if as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
+    if "commands" in figures and not as_json:  # for a shell: nothing else on stdout
+        print("\n".join(figures["commands"]))
+    elif as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
         show(figures, as_json)
+    if figures.get("signal"):
+        return 128 + figures["signal"]
     return 0 if figures.get("fits", True) and not figures.get("failed") else 1
 
 
@@ -125,8 +129,8 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "report":
         from rpt_jax.study import report
 
-        folders = [given, *leading(words)] if given else []
-        return report.write_report(folders, parse(command, report.ReportConfig(), words))
+        given = [*filter(None, [given]), *places(words)]
+        return report.write_report(given, parse(command, report.ReportConfig(), words))
     if command == "patterns":
         from rpt_jax.study import patterns
 
@@ -150,10 +154,17 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     return commands.run_evaluate(parse(command, start, words))
 
 
-def leading(words: list[str]) -> list[str]:
-    """Takes the words before the first flag out of `words`."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    taken, words[:] = words[:count], words[count:]
+def places(words: list[str]) -> list[str]:
+    """Takes the words that are neither flags nor the value of one out of `words`; every flag has a value."""
+    taken, left, queue = [], [], iter(words)
+    for word in queue:
+        if not word.startswith("-"):
+            taken.append(word)
+            continue
+        left.append(word)
+        if "=" not in word and word not in ("-h", "--help"):
+            left += [value for value in [next(queue, None)] if value is not None]
+    words[:] = left
     return taken
 
 

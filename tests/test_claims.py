@@ -1,5 +1,5 @@
 """Claims: one of many who try gets a thing; it can be had again when it was given back, its process has ended, or
-nobody has touched it for long enough; who was asleep notices."""
+nobody has touched it for long enough; who was asleep notices, and ends."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+
+import pytest
 
 from rpt_jax.study import claims
 
@@ -84,6 +86,31 @@ def test_a_claim_that_is_kept_does_not_age(tmp_path):
     os.utime(claim.path, (0, 0))
     time.sleep(0.1)
     assert claim.path.stat().st_mtime == 0  # the thread has ended
+
+
+KEEPER = """
+import sys, time
+from pathlib import Path
+from rpt_jax.study import claims
+with claims.kept(claims.Claim(Path(sys.argv[1]), "a", 0), beat=0.02):
+    print("kept", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        (Path(sys.argv[1]) / "saved").touch()
+"""
+
+
+def test_a_process_whose_claim_is_lost_ends_and_saves_nothing(tmp_path):
+    """Whether another took over while it worked, or before it began."""
+    first = claims.take(tmp_path, "a")
+    with subprocess.Popen([sys.executable, "-c", KEEPER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "kept\n" and process.poll() is None
+        (tmp_path / "a.1").touch()
+        assert process.wait(30) == claims.LOST == 143
+    with pytest.raises(SystemExit) as ended, claims.kept(first):
+        (tmp_path / "saved").touch()
+    assert ended.value.code == claims.LOST and not (tmp_path / "saved").exists()
 
 
 def test_two_that_see_the_same_number_do_not_both_get_the_next(tmp_path, monkeypatch):

@@ -15,7 +15,13 @@ STAND_IN = r"""#!/usr/bin/env bash
 { printf '%s' "$(basename "$0")"; printf '|%s' "${@//$'\n'/ }"; echo; } >> "$PLACE/calls"
 next() { head -n 1 "$PLACE/$1"; sed -i 1d "$PLACE/$1"; }
 case "$*" in
-  *describe*) word=$(next states); [ "$word" != NONE ] && echo "$word" ;;
+  *describe*)
+    word=$(next states)
+    case $word in
+      NONE) echo "ERROR: (gcloud) NOT_FOUND: Resource 'slice' was not found" >&2; exit 1 ;;
+      AWAY) echo "ERROR: (gcloud) UNAVAILABLE: try again later" >&2; exit 1 ;;
+      *) echo "$word" ;;
+    esac ;;
   *"rpt train"*) [ -z "$(next fails)" ] ;;
 esac
 """
@@ -33,7 +39,9 @@ def launch(tmp_path):
         (tmp_path / "fails").write_text("\n".join(fails.split()) + "\n")
         (tmp_path / "calls").write_text("")
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path), "WAIT": "0"}
-        done = subprocess.run([LAUNCH / script, *words], env=os.environ | path | environment, capture_output=True)
+        done = subprocess.run(
+            [LAUNCH / script, *words], env=os.environ | path | environment, capture_output=True, timeout=60
+        )
         return done.returncode, [
             line.split("|") for line in (tmp_path / "calls").read_text().splitlines() if "|" in line
         ]
@@ -75,6 +83,18 @@ def test_a_spot_slice_comes_and_goes(launch):
         *("--runtime-version", "v2-alpha-tpuv5-lite", "--spot"),
     ]
     assert calls[-2][-1].endswith(r"--name two\ words --checkpoint.folder gs://bucket/run ")
+
+
+def test_no_answer_is_asked_for_again(launch):
+    """Neither as a slice that is gone, which would be requested twice, nor after a command that failed."""
+    spot = ("spot.sh", "slice", "z", "v5p-128", "v2-alpha-tpuv5", "gs://b/r", *COMMAND)
+    run = ["tpu-vm/scp", "tpu-vm/ssh", "tpu-vm/ssh"]
+    status, calls = launch(*spot, states="AWAY NONE AWAY AWAY ACTIVE")
+    assert status == 0 and actions(calls) == [
+        *("describe", "describe", "create", "describe", "describe", "describe", *run, "delete"),
+    ]
+    status, calls = launch(*spot, states="ACTIVE AWAY ACTIVE", fails="once")
+    assert status == 1 and actions(calls) == ["describe", *run, "describe", "describe"]
 
 
 def test_a_command_that_fails_on_a_slice_that_stays_ends_it(launch):

@@ -148,8 +148,15 @@ def test_what_does_not_fit_comes_with_flags_that_do(monkeypatch):
 @LIBTPU
 def test_what_shapes_rule_out_is_not_compiled(monkeypatch):
     """14.8 billion parameters with two float32 moments: 41 GiB on each of four chips."""
-    monkeypatch.setattr(plan, "MOST", 0)
+    from rpt_jax.study import plan_phases
+
+    compiled, huge = [], plan_phases.Memory(1 << 50, 0, 0, 0)
+    monkeypatch.setattr(
+        plan_phases, "phases", lambda job: {"prefill": lambda: compiled.append(dict(job.mesh.shape)) or huge}
+    )
+    monkeypatch.setattr(plan, "MOST", 1)
     figures = plan.plan(dataclasses.replace(QWEN_14B, topology="v5e:2x2"))
+    assert len(compiled) == 1 and len(figures["tried"]) == 1  # what was not compiled is not called tried
     assert not figures["fits"] and figures["phases"] == {} and figures["nearest"] is None
     assert figures["largest_gib"] == {
         "parameters and optimizer state": pytest.approx(14.77e9 * 12 / 4 / 2**30, rel=0.01)

@@ -195,7 +195,34 @@ def test_fits_are_found_by_their_keys(tmp_path):
     run = write_run(tmp_path / "run", [])
     fit = {"A": -2.0, "alpha": 0.3, "P_star": 0.8, "r2": 0.99, "verdict": "holds"}
     (run / "fit.json").write_text(json.dumps({"small": {"hard": fit, "easy": {"A": 1}}, "rows": [1, 2]}))
-    assert report.read_run(run)["fits"] == [{"name": "small/hard", "values": fit}]
+    (run / "whole.json").write_text(json.dumps(fit))
+    small, whole = {"name": "small/hard", "values": fit}, {"name": "whole", "values": fit}
+    assert report.read_run(run)["fits"] == [small, whole]
+
+
+def test_what_rpt_fit_writes_can_be_given(tmp_path, capsys):
+    """Beside a run, as the table's owner would: the page has its laws; a file without any is named."""
+    run = write_run(tmp_path / "run", [])
+    columns = "size,seed,steps,flops_sample,flops_update,hard.reasoning,hard.positions"
+    rows = [f"s,{seed},{steps},{steps}e9,{steps}e9,0.5,400" for steps in (1, 4, 16, 64) for seed in (0, 1)]
+    (tmp_path / "a.csv").write_text("\n".join([columns, *rows]) + "\n")
+    assert cli.main(["fit", str(tmp_path / "a.csv"), "--sets", "100", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "a.fit.json").read_text()) == figures
+    assert cli.main(["report", "--rollouts", "9", str(run), str(tmp_path / "a.fit.json")]) == 0
+    data = json.loads(Elements((run / "report.html").read_text()).texts("script")[0])
+    assert data["fits"] == [{"name": "s/hard", "values": figures["s"]["hard"]}] and len(data["runs"]) == 1
+    capsys.readouterr()
+    assert (
+        cli.main(["report", str(run), str(tmp_path / "a.csv")]) == 2 and "a.csv has no fit" in capsys.readouterr().err
+    )
+    assert cli.main(["report", str(tmp_path / "a.fit.json")]) == 2 and "no run named" in capsys.readouterr().err
+
+
+def test_a_last_row_without_line_break_counts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    (tmp_path / "b.jsonl").write_text('{"step": 1}\n{"step": 2')
+    assert [len(report.read_rows(tmp_path / f"{name}.jsonl")) for name in "ab"] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +231,9 @@ def test_fits_are_found_by_their_keys(tmp_path):
         ("metrics", "{nan", r"metrics.jsonl:31: not a row of JSON"),
         ("evaluations", "[1]", r"evaluations.jsonl:3: a row without 'step'"),
         ("rollouts", '{"thought": ""}', r"rollouts.jsonl:2: a row without 'step'"),
+        ("rollouts", '{"step": 1, "pieces": [["a", "b"]]}', r"rollouts.jsonl:2: `pieces` is no list"),
+        ("rollouts", '{"step": 1, "pieces": [["a"]]}', r"rollouts.jsonl:2: `pieces` is no list"),
+        ("rollouts", '{"step": 1, "pieces": 7}', r"rollouts.jsonl:2: `pieces` is no list"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, stream, line, message):
@@ -223,6 +253,17 @@ def test_what_cannot_be_reported_is_said(tmp_path, capsys):
     ):
         assert cli.main(["report", *map(str, words)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_folders_may_stand_behind_flags(tmp_path):
+    """Anywhere; the value of a flag is none of them."""
+    runs = [str(write_run(tmp_path / name, [rollout(0)])) for name in "ab"]
+    page = str(tmp_path / "x.html")
+    for words in (["--output", page, *runs], [runs[0], f"--output={page}", runs[1]], [*runs, "--output", page]):
+        assert cli.main(["report", *words]) == 0 and (tmp_path / "x.html").is_file()
+        data = json.loads(Elements((tmp_path / "x.html").read_text()).texts("script")[0])
+        assert [run["folder"] for run in data["runs"]] == runs
+        (tmp_path / "x.html").unlink()
 
 
 def test_the_command_compares_runs(tmp_path, capsys):
@@ -425,6 +466,70 @@ def test_curves_and_tables_show_the_runs_numbers(browser, tmp_path):
         "return [...document.querySelectorAll('.thought .piece')].map(e => [e.textContent, e.className])"
     )
     assert shades == [["sure ", "piece shade0"], ["unsure", "piece shade2"], [" lost", "piece shade5"]]
+
+
+@pytest.mark.browser
+def test_ticks_end_wherever_numbers_lie(browser, tmp_path):
+    """One update at 1e16 FLOPs: the next whole number cannot be told apart from it; nor can others of one place."""
+    run = write_run(tmp_path / "run", [], steps=1)
+    (run / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5, "flops_sample": 1e16, "flops_update": 0}\n')
+    write_report([str(run)], ReportConfig())
+    show(browser, run / "report.html", 1280)
+    browser.set_script_timeout(20)
+    ends = ((3, 3 + 4.4e-16, 4), (1e16, 1e16, 4), (0, 0, 4), (-1, 1, 4), (0, 1e16, 4))
+    assert [browser.execute_script("return ticks(...arguments)", *each) for each in ends] == [
+        *([3], [1e16], [0], [-1, -0.5, 0, 0.5, 1]),
+        [0, 5e15, 1e16],
+    ]
+    choose(browser, axis="flops")
+    assert browser.execute_script("return document.querySelectorAll('.chart path.line').length") > 0
+
+
+@pytest.mark.browser
+def test_a_drag_that_is_broken_off_is_over(browser, tmp_path):
+    """One that begins at update 0 is a drag, too, until the pointer is lost; only one that is let go zooms."""
+    write_report([str(write_run(tmp_path / "run", []))], ReportConfig())
+    show(browser, tmp_path / "run" / "report.html", 1280)
+    drag = """
+        const plot = document.querySelector(".chart svg"), box = plot.getBoundingClientRect();
+        plot.setPointerCapture = () => {};
+        const areas = [];
+        for (const [kind, x] of arguments[0]) {
+            const clientX = x < 0 ? box.left : box.right - 40;
+            plot.dispatchEvent(new PointerEvent(kind, { clientX, pointerType: "mouse", pointerId: 1 }));
+            areas.push(plot.querySelectorAll(".drag").length);
+        }
+        return [areas, document.getElementById("unzoom").hidden];
+    """
+    begun = [["pointerdown", -1], ["pointermove", 1], ["pointerleave", 1]]
+    for lost in ("pointercancel", "lostpointercapture"):
+        events = [*begun, [lost, 1], ["pointermove", 1], ["pointerup", 1]]
+        assert browser.execute_script(drag, events) == [[0, 1, 1, 0, 0, 0], True]
+    assert browser.execute_script(drag, [*begun, ["pointerup", 1]])[1] is False
+
+
+@pytest.mark.browser
+def test_a_rollout_without_entropy_is_of_no_difficulty(browser, tmp_path):
+    rows = [rollout(0, entropy=None), rollout(1, entropy=0.25), rollout(2, entropy=0.75)]
+    write_report([str(write_run(tmp_path / "run", rows))], ReportConfig())
+    show(browser, tmp_path / "run" / "report.html", 1280)
+    for level, count in (("any", 3), ("below", 1), ("easy", 1)):
+        choose(browser, level=level)
+        until(browser, COUNTS, counted(count, 3))
+
+
+@pytest.mark.browser
+def test_fits_of_runs_and_of_files_are_one_table(browser, tmp_path):
+    """Those of a run have its label where there are several, those of a file their place in it."""
+    runs = [write_run(tmp_path / name, []) for name in "ab"]
+    fit = {"A": -2.0, "alpha": 0.25, "P_star": 0.75, "r2": 0.5, "verdict": "law"}
+    for path, content in ((runs[1] / "own.json", fit), (tmp_path / "x.fit.json", {"s": {"hard": fit}})):
+        path.write_text(json.dumps(content))
+    write_report([*map(str, runs), str(tmp_path / "x.fit.json")], ReportConfig())
+    show(browser, runs[0] / "comparison.html", 1280)
+    cells = "[...document.querySelectorAll('#fits tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    figures = ["-2", "0.25", "0.75", "0.5", "law"]
+    assert browser.execute_script(f"return {cells}") == [["s, hard", *figures], ["toy (b): own", *figures]]
 
 
 @pytest.mark.browser

@@ -7,17 +7,19 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import toy
 
 from rpt_jax import cli
-from rpt_jax.config import PromptConfig, SampleConfig
+from rpt_jax.config import MeshConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import assemble, load_template
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.checkpoints import save_policy
+from rpt_jax.records import InputError
 from rpt_jax.study import sample
 
 
@@ -122,6 +124,34 @@ def test_a_terminal_is_safe_and_predictions_are_exact():
         "",
         'predictions: " 9\\n" 1 (of 2)',
     ]
+
+
+def test_letters_keep_their_direction():
+    ruling = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    assert sample.harmless("".join(map(chr, ruling))) == "".join(f"\\u{code:04x}" for code in ruling)
+    assert sample.harmless("\u05d0\u2029\u202f\u2065\u206a€") == "\u05d0\u2029\u202f\u2065\u206a€"
+
+
+def test_ctrl_c_at_the_prompt_ends_it_as_ctrl_d_does(monkeypatch):
+    def ask(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert sample.typed() is None
+
+
+def test_a_run_of_another_slice_is_asked_on_the_devices_here(tmp_path, caplog, policy):
+    """Its sizes and its processes are those of where it was trained; sizes given by hand are an error."""
+    trained = MeshConfig(data=1, fsdp=16, coordinator="10.0.0.2:8476", processes=4, process=1)
+    with run_folder.open_run(toy.config(tmp_path / "run", mesh=trained), toy.tokenizer(), None, {}):
+        pass
+    found = sample.settings_of(str(tmp_path / "run"))
+    assert found.mesh == MeshConfig(data=1, fsdp=16, coordinator="none")
+    with caplog.at_level("WARNING", logger="rpt_jax.study.sample"):
+        assert sample.mesh_here(found).shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert "trained on another slice" in caplog.text
+    with pytest.raises(InputError, match="there are 8 devices"):
+        sample.mesh_here(replace(found, mesh=MeshConfig(data=3)))
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,14 @@ def test_two_or_three_budgets_are_refused_with_a_reason(steps):
     assert found["A"] is found["alpha"] is found["P_star"] is found["intervals"] is None
 
 
+def test_four_cells_are_too_few():
+    """One seed of four budgets: the law's AICc would be infinite, and a law could never be found."""
+    found = scaling.fit_curve(curve(law, steps=(5, 15, 40, 100), seeds=1), 200, 0)
+    assert found["verdict"] == scaling.TOO_FEW and found["reason"].startswith("4 cells: ") and found["A"] is None
+    for made in (curve(law, steps=(5, 15, 40, 100), seeds=2), curve(law, seeds=1)):
+        assert scaling.fit_curve(made, 100, 0)["verdict"] != scaling.TOO_FEW
+
+
 def test_perfect_and_equal_accuracies_are_no_accident():
     for value in (0.0, 0.5, 1.0):
         made = curve(lambda ratio, value=value: value + 0 * ratio)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from rpt_jax import cli
 from rpt_jax.records import InputError
 from rpt_jax.study import claims, sweep, sweep_cell, sweep_xpk
 from rpt_jax.study.sweep import SweepSettings
@@ -184,7 +185,10 @@ def test_told_to_stop_it_ends_its_processes_and_leaves_their_cells_to_be_continu
     figures = sweep.sweep(str(experiment), SweepSettings(**settings))
     other.join()
     assert time.monotonic() - began < 30 and signal.getsignal(signal.SIGTERM) is before
-    assert (figures["done"], figures["failed"], figures["left"]) == (0, 0, 8)
+    assert (figures["done"], figures["failed"], figures["left"]) == (0, 0, 8) and figures["signal"] == signal.SIGTERM
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "sweep", lambda *_: figures)
+        assert cli.main(["sweep", str(experiment)]) == 128 + signal.SIGTERM
     stand_in.clear()
     assert sweep.sweep(str(experiment), SweepSettings(**settings))["done"] == 8
 
@@ -218,14 +222,25 @@ def test_launch_commands_are_printed_and_nothing_runs(experiment, settings, stan
     figures = sweep.sweep(str(experiment), SweepSettings(print_xpk=True, xpk=xpk, only=("s-2-0", "m-4-1"), **settings))
     cells = sweep_cell.load_sweep(str(experiment), Path(settings["folder"]))[1]
     expected = sweep_xpk.commands(str(experiment), [cells[0], cells[-1]], xpk, **settings)
-    assert capsys.readouterr().out.splitlines() == expected and figures == {"cells": 2} and not ran(settings)
+    assert figures == {"commands": expected} and not ran(settings)
+    words = ["--print-xpk", "--xpk.cluster", "pod", "--xpk.tpu-type", "v5litepod-16", "--only", "s-2-0", "m-4-1"]
+    places = ["--folder", settings["folder"], "--results", settings["results"]]
+    assert cli.main(["sweep", str(experiment), *words, *places]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_stages_can_be_made_alone(experiment, settings, stand_in):
     figures = sweep.sweep(str(experiment), SweepSettings(stages_only=True, only=tuple(NAMES[:5]), **settings))
-    assert ran(settings) == ["base-s", "base-m"] and (figures["done"], figures["left"]) == (0, 5)
+    assert ran(settings) == ["base-s", "base-m"]
+    assert (figures["stages"], figures["done"], figures["failed"], figures["left"]) == (2, 2, 0, 0)
     sweep.sweep(str(experiment), SweepSettings(**settings))
     assert sorted(ran(settings)[2:]) == sorted(NAMES)
+
+
+def test_a_stage_that_fails_is_counted_when_stages_are_made_alone(experiment, settings, stand_in):
+    stand_in["base-m"] = "raise ValueError('no base')"
+    figures = sweep.sweep(str(experiment), SweepSettings(stages_only=True, **settings))
+    assert (figures["stages"], figures["done"], figures["failed"], figures["left"]) == (2, 1, 1, 0)
 
 
 def test_several_hosts_do_not_make_a_stage_together(experiment, settings, monkeypatch):
@@ -233,6 +248,12 @@ def test_several_hosts_do_not_make_a_stage_together(experiment, settings, monkey
     monkeypatch.setattr(sweep.meshes, "start_distributed", lambda config: None)
     with pytest.raises(InputError, match="s-2-0 needs base-s.*--stages-only"):
         sweep.sweep(str(experiment), SweepSettings(cell="s-2-0", **settings))
+
+
+def test_files_that_are_no_python_are_refused(experiment, settings):
+    other = experiment.rename(experiment.with_suffix(".txt"))
+    with pytest.raises(InputError, match="does not end in .py"):
+        sweep.sweep(str(other), SweepSettings(**settings))
 
 
 @pytest.mark.parametrize(

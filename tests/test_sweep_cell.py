@@ -10,11 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import toy
 
-from rpt_jax.config import Config, EvaluateConfig, PositionConfig, SampleConfig
-from rpt_jax.study import sweep, sweep_cell
+from rpt_jax import commands
+from rpt_jax.config import Config, EvaluateConfig, MeshConfig, PositionConfig, SampleConfig
+from rpt_jax.learning import train
+from rpt_jax.mesh import make_mesh
+from rpt_jax.study import claims, sweep, sweep_cell
+from rpt_jax.study.evaluate import choose_positions
 from rpt_jax.study.sweep import SweepSettings
 from rpt_jax.study.sweep_cell import Cell
 
@@ -91,7 +97,7 @@ def test_a_cell_broken_off_goes_on_where_it_was(experiment, tmp_path):
         while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        process.wait()
+        assert process.wait() == 128 + signal.SIGTERM
     made = metrics.read_text().count("\n")
     assert 3 <= made < 12 and not Path(settings.results).exists()
     assert sweep.sweep(str(experiment), settings)["done"] == 1
@@ -116,6 +122,27 @@ def test_one_cell_here_and_now(experiment, tmp_path, monkeypatch):
     settings = settings_in(tmp_path, "d", cell="toy-2")
     assert sweep.sweep(str(experiment), settings)["status"] == "done"
     assert rows_of(settings)["toy-2"]["steps"] == "2" and not (tmp_path / "d" / "claims").exists()
+
+
+def test_cells_of_all_seeds_are_evaluated_on_one_choice_of_positions(tmp_path, monkeypatch):
+    """Of 64 positions the same 5, though the runs draw theirs by seeds of their own."""
+    toy.annotate(tmp_path / "annotated")
+    chosen = []
+
+    def evaluate(params, model, tokenizer, template, documents, splits, *, config, seed, **_):
+        chosen.append(choose_positions(splits, config.positions, seed)[0])
+        return SimpleNamespace(summary=dict)
+
+    monkeypatch.setattr(commands.study, "evaluate", evaluate)
+    for seed in (0, 1012):
+        held_out = EvaluateConfig(annotated=str(tmp_path / "annotated"), positions=5, batch_size=8)
+        config = toy.config(tmp_path / "run", seed=seed, evaluate=held_out)
+        policy = (toy.model(), None, toy.tokenizer())
+        inputs = train.Inputs(
+            config, policy, annotated=None, positions=None, template=None, mesh=make_mesh(MeshConfig())
+        )
+        sweep_cell.held_out_evaluation(inputs)(None, 0)
+    assert len(chosen[0]) and chosen[0].documents.tolist() == chosen[1].documents.tolist()
 
 
 def test_settings_are_told_apart_and_places_are_not():
@@ -152,7 +179,7 @@ def test_a_process_runs_on_its_cores(tmp_path):
     path = tmp_path / "e.py"
     path.write_text("import os\ndef cells(folder): return []\n")
     words = [str(path), str(tmp_path), "cells", "none", "--claim", "0", "--cores", str(core)]
-    (tmp_path / "claims" / "cells").mkdir(parents=True)
+    claims.take(tmp_path / "claims" / "cells", "none")
     code = (
         "import os; from rpt_jax.study import sweep_cell as s\n"
         f"s.load_sweep = lambda *_: print(os.sched_getaffinity(0)) or 1 / 0\ns.main({words!r})"

@@ -20,7 +20,10 @@ def test_a_workload_a_cell():
     lines = commands("my sweep.py", [cell("s-2-0"), cell("S_4.0")], XPK, "/shared/runs", "/shared/a.csv")
     words = shlex.split(lines[0])
     assert words[:7] == ["xpk", "workload", "create", "--cluster", "pod", "--workload", "s-2-0"]
-    assert words[7:-2] == ["--tpu-type", "v5litepod-16", "--num-slices", "2", "--docker-image", "eu/rpt", "--zone", "z"]
+    assert words[7:-2] == [
+        *("--tpu-type", "v5litepod-16", "--num-slices", "2", "--max-restarts", "20"),
+        *("--docker-image", "eu/rpt", "--zone", "z"),
+    ]
     inner = ["rpt", "sweep", "my sweep.py", "--cell", "s-2-0", "--folder", "/shared/runs", "--results", "/shared/a.csv"]
     assert words[-2] == "--command" and shlex.split(words[-1]) == inner
     other = shlex.split(lines[1])
@@ -32,7 +35,7 @@ def test_a_workload_a_cell():
     [
         (["a"], Xpk(), "f", "xpk.cluster"),
         (["a"], XPK, "", "needs --folder"),
-        (["s-2.0", "s-2_0"], XPK, "f", "one workload name"),
+        (["s-2.0", "s-2_0"], XPK, "f", "'s-2_0' and another give one workload name"),
         (["x" * 41], XPK, "f", "cannot name"),
         (["2-s"], XPK, "f", "cannot name"),
     ],

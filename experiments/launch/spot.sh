@@ -12,7 +12,18 @@ here=$(dirname "${BASH_SOURCE[0]}")
 name=${1:?name of the slice} zone=${2:?zone} type=${3:?accelerator type} runtime=${4:?runtime version}
 bucket=${5:?gs://... for checkpoints}
 shift 5
-state() { gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)' 2>/dev/null || echo NONE; }
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+state() {  # asks until there is an answer; NONE only if it is that there is no such request
+  until gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)' 2>"$errors"; do
+    if grep -q NOT_FOUND "$errors"; then
+      echo NONE
+      return
+    fi
+    echo "spot.sh: no answer about $name, asking again: $(cat "$errors")" >&2
+    sleep "${WAIT:-60}"
+  done
+}
 give_back() { gcloud compute tpus queued-resources delete "$name" --zone "$zone" --force --quiet; }
 
 while true; do

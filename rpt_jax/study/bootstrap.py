@@ -8,7 +8,7 @@ independent offset for each cell (one training run or another), (3) binomial noi
 are too few to draw from with replacement; and their variance is itself uncertain, so each simulated set draws the
 variances of (1) and (2) first: mean squares of the residuals times their degrees of freedom over a chi-square, as in
 generalised confidence intervals [Weerahandi, J. Am. Stat. Assoc. 88, 1993]. Not resampled: which positions are held
-out, which is one choice for all cells, so that intervals are about these positions.
+out, which is one choice for all cells (sweep_cell.EVALUATION_SEED), so that intervals are about these positions.
 
 An interval has the values that the likelihood ratio does not reject: least squares with the value held, less the least
 squares without, against the same statistic of sets simulated from the best law (never less than chi-square's quantile).

@@ -8,20 +8,26 @@ may be taken when the claim before it
 - is of a process on this machine that has ended, or
 - has not been touched for STALE seconds, by the clock of the file system: its holder touches it every BEAT seconds.
 
-A holder that was only asleep for so long finds out by asking `holds`, and drops what it made.
+A holder that was only asleep for so long finds out when it touches its claim next, and its process ends at once, before
+it writes into what is another's now.
 """
 
 import contextlib
 import json
+import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 STALE = 600.0  # seconds
 BEAT = 30.0
+LOST = 128 + signal.SIGTERM  # exit status of a process whose claim another has taken: nothing failed, it was stopped
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,13 @@ def give_back(claim: Claim) -> None:
 
 @contextlib.contextmanager
 def kept(claim: Claim, beat: float = BEAT) -> Iterator[None]:
-    """Inside, the claim is this process's and stays fresh."""
+    """Inside, the claim is this process's and stays fresh; the process ends with status LOST when another takes over.
+
+    It ends as it stands, in the middle of what it does: a run that saved first would write into the other's folder.
+    """
+    if not holds(claim):
+        log.warning("%s was taken over by another process: nothing is done here", claim.name)
+        raise SystemExit(LOST)
     claim.path.write_text(_holder())
     ended = threading.Event()
 
@@ -72,6 +84,9 @@ def kept(claim: Claim, beat: float = BEAT) -> Iterator[None]:
         while not ended.wait(beat):
             with contextlib.suppress(OSError):  # a file system that is away for a moment
                 os.utime(claim.path)
+                if _highest(claim.folder, claim.name) > claim.number:
+                    log.warning("%s was taken over by another process: this one ends", claim.name)
+                    os._exit(LOST)
 
     thread = threading.Thread(target=touch, daemon=True)
     thread.start()

@@ -7,7 +7,6 @@ settings that do (plan_search.py).
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import logging
 import os
@@ -171,8 +170,9 @@ def _measuring() -> Callable:
     """
     from rpt_jax.study import plan_phases
 
-    @functools.cache
-    def compiled(config, phase):
+    compiled = {}
+
+    def compile_one(config, phase):
         found = plan_phases.phases(_job(config))
         if phase not in found:
             return None
@@ -183,15 +183,22 @@ def _measuring() -> Callable:
         log.info("%s: %.1f GiB a chip%s, compiled in %.0f s", phase, memory.total / GIB, verdict, took)
         return memory
 
-    def measure(config, phase):
+    def what_matters(config, phase):
         if phase in ("prefill", "update", "score"):
             config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, slots=0))
         if phase not in ("update", "score"):
             update = dataclasses.replace(config.update, microbatches=1)
             config = dataclasses.replace(config, update=update, model=dataclasses.replace(config.model, remat="none"))
-        return compiled(config, phase)
+        return config, phase
 
-    measure.compiled = lambda: compiled.cache_info().misses
+    def measure(config, phase):
+        which = what_matters(config, phase)
+        if which not in compiled:
+            compiled[which] = compile_one(*which)
+        return compiled[which]
+
+    measure.compiled = lambda: len(compiled)
+    measure.is_known = lambda config, phase: what_matters(config, phase) in compiled
     return measure
 
 
@@ -251,9 +258,9 @@ def _nearest(config: PlanRun, figures: dict, measure: Callable) -> dict:
     asked, before, tried = dataclasses.replace(config, choose_mesh=False), measure.compiled(), {}
 
     def fits(trial, phase):
-        tried[" ".join(plan_search.overrides(asked, trial))] = True
-        if measure.compiled() - before >= MOST:
+        if measure.compiled() - before >= MOST and not measure.is_known(trial, phase):
             return False
+        tried[" ".join(plan_search.overrides(asked, trial))] = True
         memory = measure(trial, phase)
         return memory is None or memory.total / GIB <= room(trial)
 

@@ -34,15 +34,20 @@ DECIMALS = 3  # of token log-probs in the page
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One HTML page of one or several runs, readable offline."""
+    """One HTML page of one or several runs, readable offline; *.fit.json of `rpt fit` may be named beside them."""
 
     output: str = ""  # file to write; empty: report.html in the run's folder, of several comparison.html in the first
     rollouts: int = 5000  # at most so many in the page, evenly spread over each run; 0: all
     megabytes: float = 20.0  # of rollouts at most, evenly thinned
 
 
-def write_report(folders: Sequence[str], config: ReportConfig) -> dict:
-    """Writes the page and returns what is in it; raises InputError where a folder holds no run or a file no rows."""
+def write_report(given: Sequence[str], config: ReportConfig) -> dict:
+    """Writes the page of run folders, and of files of fits among them, and returns what is in it.
+
+    Raises InputError where a folder holds no run, a file no rows, or a .json file no fit.
+    """
+    fits = [fit for place in given if Path(place).is_file() for fit in given_fits(Path(place))]
+    folders = [place for place in given if not Path(place).is_file()]
     if not folders:
         raise InputError("report: no run named: give the folder of a run, `rpt report RUN`")
     if config.rollouts < 0 or not config.megabytes > 0:
@@ -61,6 +66,7 @@ def write_report(folders: Sequence[str], config: ReportConfig) -> dict:
         "version": rpt_jax.__version__,
         "runs": runs,
         "rollouts": rollouts,
+        "fits": fits,
         "defaults": flat(to_dict(Config())),
     }
     path = Path(config.output or Path(folders[0]) / ("report.html" if len(runs) == 1 else "comparison.html"))
@@ -114,7 +120,7 @@ def read_rollouts(path: Path, count: int | None, size: float) -> tuple[int, list
     """(rollouts in the file, those shown): at most `count`, and at most `size` bytes of page, evenly spread."""
     lines = whole_lines(path)
     chosen = evenly(len(lines), count)
-    rows = [_compact(row) for row in parse_rows(path, lines, chosen)]
+    rows = [_compact(path, i, row) for i, row in zip(chosen, parse_rows(path, lines, chosen), strict=True)]
     sizes = [len(embedded(row)) for row in rows]
     kept = range(len(rows))
     while sum(sizes[i] for i in kept) > size:
@@ -123,8 +129,18 @@ def read_rollouts(path: Path, count: int | None, size: float) -> tuple[int, list
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Lines of a file, without a last one that a crash cut short; none where there is no file."""
-    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    """Lines of a file, without a last one that a crash cut short; none where there is no file.
+
+    A last one without a line break that is whole JSON is kept: other programs end a file so.
+    """
+    if not path.is_file():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    try:
+        json.loads(last)
+    except ValueError:
+        return lines
+    return [*lines, last]
 
 
 def parse_rows(path: Path, lines: Sequence[bytes], chosen: Iterable[int], needs: str = "step") -> list[dict]:
@@ -199,19 +215,33 @@ def comparison(results: Mapping) -> dict | None:
 
 
 def read_fits(folder: Path) -> list[dict]:
-    """Fits in the folder's .json files: whatever has A, alpha and P_star, [{"name": where it stands, "values": it}]."""
+    """Fits in the folder's .json files; see fits_in."""
+    paths = (path for path in sorted(folder.glob("*.json")) if path.name != "config.json")
+    return [fit for path in paths for fit in fits_in(path)]
+
+
+def fits_in(path: Path) -> list[dict]:
+    """Fits of a .json file: whatever has A, alpha and P_star, [{"name": where it stands in the file, "values": it}].
+
+    Such are those that `rpt fit` writes. What is a fit as a whole has the file's name.
+    """
     found = []
 
     def look(name: str, content) -> None:
         if isinstance(content, Mapping) and content.keys() >= FIT:
-            found.append({"name": name, "values": dict(content)})
+            found.append({"name": name or path.stem, "values": dict(content)})
         elif isinstance(content, Mapping):
             for key, inside in content.items():
                 look(f"{name}/{key}" if name else str(key), inside)
 
-    for path in sorted(folder.glob("*.json")):
-        if path.name != "config.json":
-            look("", _json(path))
+    look("", _json(path))
+    return found
+
+
+def given_fits(path: Path) -> list[dict]:
+    """Fits of a file that was named; raises InputError where it has none."""
+    if path.suffix != ".json" or not (found := fits_in(path)):
+        raise InputError(f"{path} has no fit: give run folders, and of files those that `rpt fit` writes, *.fit.json")
     return found
 
 
@@ -219,7 +249,7 @@ def _json(path: Path):
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): make it again or take it out of the folder") from error
+        raise InputError(f"{path} is no JSON ({error}): make it again or leave it out") from error
 
 
 def page(title: str, data: Mapping) -> str:
@@ -258,11 +288,16 @@ def _finite(value):
     return value
 
 
-def _compact(row: dict) -> dict:
-    """The row with what the page does not need of its numbers rounded away."""
-    if not row.get("pieces"):
+def _compact(path: Path, i: int, row: dict) -> dict:
+    """The row of line i with what the page does not need of its numbers rounded away."""
+    if row.get("pieces") is None:
         return row
-    return row | {"pieces": [(text, None if p is None else round(p, DECIMALS)) for text, p in row["pieces"]]}
+    try:
+        return row | {"pieces": [(text, None if p is None else round(p, DECIMALS)) for text, p in row["pieces"]]}
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}:{i + 1}: `pieces` is no list of [text, log-prob] ({error}): mend or delete this line"
+        ) from error
 
 
 def _digest(content: str) -> str:

@@ -39,7 +39,7 @@ class SampleRun:
     """Thoughts about a text, and the predictions they end in.
 
     The text comes from a pipe, which may hold many lines and loses a last line break, or from --text as it stands. At
-    a terminal you type one line after another; Ctrl-D ends it.
+    a terminal you type one line after another; Ctrl-D or Ctrl-C ends it.
     """
 
     policy: str = ""  # a policy folder, or a run folder: its newest checkpoint
@@ -68,7 +68,8 @@ def settings_of(folder: str) -> SampleRun:
     """What a run was trained with; for a policy folder the defaults, with the bare template where its marks are."""
     if (Path(folder) / "config.json").is_file():
         config: Config = run_folder.read_config(folder)
-        return SampleRun(folder, prompt=config.prompt, sample=config.sample, mesh=config.mesh)
+        mesh = replace(config.mesh, coordinator="none", processes=0, process=-1)  # one process, whatever trained it
+        return SampleRun(folder, prompt=config.prompt, sample=config.sample, mesh=mesh)
     tokenizer = Path(folder) / "tokenizer"
     if tokenizer.is_dir() and load_tokenizer(tokenizer).id_of(load_template("bare").head) is not None:
         return SampleRun(folder, prompt=PromptConfig(template="bare"), sample=SampleConfig(max_tokens=256))
@@ -117,9 +118,20 @@ def open_policy(config: SampleRun) -> Thinker:
             f"sample runs in one process, these are {jax.process_count()}: start it on one host with "
             "--mesh.coordinator none, or use `rpt evaluate`"
         )
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = mesh_here(config)
     model, params, tokenizer = load_policy(config.policy, mesh)
     return Thinker(model, params, tokenizer, template, config, mesh, end_ids(tokenizer, config.sample.end_tokens))
+
+
+def mesh_here(config: SampleRun) -> Mesh:
+    """The mesh that is asked for; where it is that of the run, for another slice, one for the devices here."""
+    try:
+        return meshes.make_mesh(config.mesh)
+    except InputError as error:
+        if config.mesh != settings_of(config.policy).mesh:
+            raise
+        log.warning("%s was trained on another slice (%s): the policy lies whole on each device", config.policy, error)
+        return meshes.make_mesh(MeshConfig())
 
 
 def piped() -> str:
@@ -134,7 +146,7 @@ def typed() -> str | None:
     """A line from the keyboard, None at the end."""
     try:
         return input(ASK)
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         print()
         return None
 
@@ -215,8 +227,14 @@ def shown(figures: dict) -> str:
 
 
 def harmless(text: str) -> str:
-    """The text with control characters other than tab and line break as \\x1b and the like."""
-    return re.sub(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    """The text with control characters other than tab and line break as \\x1b and the like.
+
+    Among them those that turn the direction of what follows: a prediction could look like another.
+    """
+    ruling = r"[^\t\n\x20-\x7e\xa0-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]"
+    return re.sub(
+        ruling, lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\xa0" else f"\\u{ord(found[0]):04x}", text
+    )
 
 
 def _quoted(text: str) -> str:

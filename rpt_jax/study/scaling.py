@@ -15,6 +15,7 @@ R^2 is reported and decides nothing: on five points that rise, a line has a high
 """
 
 import csv
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ LAW, FALLS, CONSTANT, UNDECIDED, TOO_FEW = "law", "falls", "constant", "undecide
 NONE_FITS = "no curve fits"
 LINES = {"line in C": np.array, "line in log C": np.log}  # verdict -> x of compute
 FEWEST = 4  # budgets: parameters + 1
+FEWEST_CELLS = 5  # or the law's AICc is infinite
 PARAMETERS = {LAW: 3, CONSTANT: 1} | dict.fromkeys(LINES, 2)
 REJECTED = 0.05  # chance of a gain below which the other curve is out
 MISFIT = 0.01  # chance of a lack of fit below which a curve is out
@@ -128,6 +130,9 @@ def fit_curve(curve: Curve, sets: int, seed: int) -> dict:
     empty = {"A": None, "alpha": None, "P_star": None, "r2": None, "r2_of_means": None, "intervals": None}
     if budgets < FEWEST:
         reason = f"{budgets} budgets: three parameters need {FEWEST} or more"
+        return empty | {"verdict": TOO_FEW, "reason": reason} | about
+    if len(y_N) < FEWEST_CELLS:
+        reason = f"{len(y_N)} cells: to weigh three parameters takes {FEWEST_CELLS} or more: add a seed or a budget"
         return empty | {"verdict": TOO_FEW, "reason": reason} | about
     rng = np.random.default_rng(seed)
     law = power_law.fit_law(cells, y_N[None])
@@ -284,13 +289,21 @@ def r_squared(y_N: np.ndarray, fitted_N: np.ndarray) -> float | None:
 
 
 def fit(path: str, settings: FitSettings, draw: Callable[[Sequence[Curve], dict, Path], Path] | None = None) -> dict:
-    """{size: {split: figures of fit_curve}}; draws the picture with `draw` (scaling_plot.py)."""
+    """{size: {split: figures of fit_curve}}; draws the picture with `draw` (scaling_plot.py).
+
+    Writes the figures, too, as NAME.fit.json beside the picture, or the table where none is drawn, for `rpt report`.
+    """
     if settings.sets < 100:
         raise InputError(f"sets={settings.sets}: an interval of 95 % needs 100 simulated sets or more (default: 1000)")
     curves = read_curves(Path(path), settings)
     found: dict[str, dict] = {}
     for curve in curves:
         found.setdefault(curve.size, {})[curve.split] = fit_curve(curve, settings.sets, settings.seed)
+    picture = Path(path).with_suffix(".png") if settings.plot in ("", "none") else Path(settings.plot)
     if draw and settings.plot != "none":
-        log.info("drew %s", draw(curves, found, Path(settings.plot or Path(path).with_suffix(".png"))))
+        log.info("drew %s", draw(curves, found, picture))
+    figures = picture.with_suffix(".fit.json")
+    figures.parent.mkdir(parents=True, exist_ok=True)
+    figures.write_text(json.dumps(found) + "\n")
+    log.info("wrote %s", figures)
     return found

@@ -9,7 +9,7 @@ reads, and under --folder everything the runs have written.
 - Workers side by side (--workers, each with its share of the cores) and on several hosts (the same command on each,
   with a --folder that all of them see) take cells by claims (claims.py): each cell is run once, and that of a worker
   that died is taken over, at once on its host, elsewhere after ten minutes without a sign of life.
-- Ctrl-C or SIGTERM: runs save and end, and the same command goes on.
+- Ctrl-C or SIGTERM: runs save and end, the table is written, and the same command goes on; exit status 128 + signal.
 """
 
 import csv
@@ -56,7 +56,10 @@ class SweepSettings:
 
 
 def sweep(experiment: str, settings: SweepSettings) -> dict:
-    """Runs what is left; returns {cells, done, failed, left, seconds, results}."""
+    """Runs what is left; returns {cells, done, failed, left, seconds, results}, of cells or, with stages_only, stages.
+
+    Also `signal`, its number, where one has told the sweep to stop; of print_xpk {commands} alone.
+    """
     if not experiment:
         raise InputError("sweep: name the experiment file, rpt sweep EXPERIMENT.py")
     if settings.workers < 1:
@@ -69,9 +72,7 @@ def sweep(experiment: str, settings: SweepSettings) -> dict:
         raise InputError(f"sweep: no cell {unknown[0]!r} in {experiment}; there are {', '.join(c.name for c in cells)}")
     chosen = [cell for cell in cells if not settings.only or cell.name in settings.only]
     if settings.print_xpk:
-        commands = sweep_xpk.commands(experiment, chosen, settings.xpk, settings.folder, settings.results)
-        print("\n".join(commands))
-        return {"cells": len(chosen)}
+        return {"commands": sweep_xpk.commands(experiment, chosen, settings.xpk, settings.folder, settings.results)}
     if settings.cell:
         return run_here(experiment, next(cell for cell in cells if cell.name == settings.cell), folder, results, cells)
     state = Sweep(experiment, folder, results, cells, chosen, settings)
@@ -79,12 +80,15 @@ def sweep(experiment: str, settings: SweepSettings) -> dict:
     if settings.retry_failed:
         forget_failures(state)
     began = time.perf_counter()
-    run_all(state)
-    rows = {cell.name: row_of(state, cell) for cell in chosen}
-    counts = {status: sum(row is not None and row["status"] == status for row in rows.values()) for status in STATUSES}
-    left = sum(row is None for row in rows.values())
-    figures = {"cells": len(chosen)} | counts | {"left": left, "seconds": round(time.perf_counter() - began, 1)}
-    return figures | {"results": str(results)}
+    told = run_all(state)
+    if settings.stages_only:
+        stages = dict.fromkeys(cell.needs for cell in chosen if cell.needs)
+        kind, rows = "stages", [sweep_cell.read_result(folder, "stages", name) for name in stages]
+    else:
+        kind, rows = "cells", [row_of(state, cell) for cell in chosen]
+    counts = {status: sum(row is not None and row["status"] == status for row in rows) for status in STATUSES}
+    figures = {kind: len(rows)} | counts | {"left": rows.count(None), "seconds": round(time.perf_counter() - began, 1)}
+    return figures | {"results": str(results)} | ({"signal": told} if told else {})
 
 
 STATUSES = ("done", "failed")
@@ -178,10 +182,12 @@ def is_over(state: Sweep, cell: Cell) -> bool:
     return row is not None and (row["status"] == "done" or not state.settings.retry_failed)
 
 
-def run_all(state: Sweep) -> None:
-    """Workers until no cell is left, or a signal comes."""
+def run_all(state: Sweep) -> int | None:
+    """Workers until no cell is left, or a signal comes: then its number."""
+    told = []
 
     def stop(number, frame):
+        told.append(int(number))
         log.warning("sweep: told to stop; runs save and end")
         state.stop.set()
         for process in list(state.running):
@@ -198,6 +204,7 @@ def run_all(state: Sweep) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
         write_table(state)
+    return told[0] if told else None
 
 
 def shares_of_cores(settings: SweepSettings) -> list[str]:

@@ -36,6 +36,7 @@ from rpt_jax.learning import run_folder, train
 from rpt_jax.records import InputError
 from rpt_jax.study import claims
 
+EVALUATION_SEED = 0  # of all cells: their accuracies are about one choice of held-out positions (bootstrap.py)
 Kind = Literal["cells", "stages"]
 FIGURES = ("argmax", "reasoning", "format_rate", "response_length", "positions", "standard_error")
 # Settings that say where files are, and not what is computed.
@@ -59,6 +60,8 @@ def load_sweep(path: str, folder: Path) -> tuple[ModuleType, list[Cell]]:
     if not file.is_file():
         raise InputError(f"no experiment file {path!r}: name one that defines cells(folder), rpt sweep EXPERIMENT.py")
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None:
+        raise InputError(f"{path} does not end in .py: name an experiment file, rpt sweep EXPERIMENT.py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.resolve().parent))
     try:
@@ -145,10 +148,16 @@ def _rounded(value):
     return round(value, 5) if isinstance(value, float) else value
 
 
+def held_out_evaluation(inputs: train.Inputs) -> train.Evaluate:
+    """As `rpt train` evaluates, but on the positions that all cells share, whatever the seed of the run."""
+    config = dataclasses.replace(inputs.config, seed=EVALUATION_SEED)
+    return commands.held_out_evaluation(dataclasses.replace(inputs, config=config))
+
+
 def run_cell(cell: Cell, folder: Path, claim: claims.Claim | None = None) -> dict:
     """Trains and evaluates, from the cell's newest checkpoint if there is one, and writes its result."""
     meshes.start_distributed(cell.config.mesh)
-    train.run(cell.config, commands.held_out_evaluation)
+    train.run(cell.config, held_out_evaluation)
     row = row_of_run(cell) if jax.process_index() == 0 else {}
     if row and (claim is None or claims.holds(claim)):
         write_result(folder, "cells", cell.name, row)

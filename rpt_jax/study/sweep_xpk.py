@@ -23,6 +23,7 @@ class Xpk:
     tpu_type: str = ""  # e.g. v5litepod-16
     slices: int = 1  # of each cell
     image: str = ""  # container image with this project installed
+    restarts: int = 20  # of a workload whose nodes are taken away, at most
     project: str = ""  # of Google Cloud; empty: as gcloud has it
     zone: str = ""  # likewise
 
@@ -36,21 +37,21 @@ def commands(experiment: str, cells: Sequence[Cell], xpk: Xpk, folder: str, resu
         raise InputError("sweep: --print-xpk needs --xpk.cluster and --xpk.tpu-type (e.g. v5litepod-16)")
     if not folder:
         raise InputError("sweep: --print-xpk needs --folder, a place that all slices see")
-    made = []
+    made, names = [], set()
     for cell in cells:
         name = re.sub(r"[^a-z0-9-]", "-", cell.name.lower()).strip("-")
         if len(name) > LONGEST_NAME or not name[:1].isalpha():
             raise InputError(
                 f"sweep: {cell.name!r} cannot name a workload: begin with a letter, {LONGEST_NAME} characters at most"
             )
+        if name in names:
+            raise InputError(f"sweep: {cell.name!r} and another give one workload name: let letters and digits differ")
+        names.add(name)
         own = ["rpt", "sweep", experiment, "--cell", cell.name, "--folder", folder]
         own += ["--results", results] if results else []
         words = ["xpk", "workload", "create", "--cluster", xpk.cluster, "--workload", name]
-        words += ["--tpu-type", xpk.tpu_type, "--num-slices", str(xpk.slices)]
+        words += ["--tpu-type", xpk.tpu_type, "--num-slices", str(xpk.slices), "--max-restarts", str(xpk.restarts)]
         for flag, value in (("--docker-image", xpk.image), ("--project", xpk.project), ("--zone", xpk.zone)):
             words += [flag, value] if value else []
         made.append(shlex.join([*words, "--command", shlex.join(own)]))
-    names = [command.split("--workload ")[1].split()[0] for command in made]
-    if len(set(names)) < len(names):
-        raise InputError("sweep: two cells give one workload name: let names differ in letters and digits")
     return made

@@ -2,6 +2,7 @@
 // zooms all charts, arrow keys walk along the focused one.
 
 const HEIGHT = 190, LEFT = 46, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const MOST_TICKS = 20;
 const VIEW = { axis: "step", window: 1, from: null, to: null, charts: [] };
 const SHARES = /(_share|_rate|accuracy)$/;
 const PANELS = [
@@ -53,12 +54,14 @@ function smooth(values, window) {
 }
 
 function ticks(low, high, count) {
-  const raw = (high - low) / count || 1;
+  if (high - low <= 1e-12 * Math.abs(high)) return [low];  // no numbers in between that could be told apart
+  const raw = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= raw);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
-    found.push(Number((i * step).toPrecision(12)));
+  const first = Math.ceil(low / step - 1e-9), found = [];
+  for (let k = 0; k <= MOST_TICKS; k++) {
+    const value = (first + k) * step;
+    if (value <= high + step * 1e-9) found.push(Number(value.toPrecision(12)));
   }
   return found;
 }
@@ -71,7 +74,7 @@ function chart(spec) {
     el("figcaption", {}, el("strong", {}, spec.title), spec.note ? el("span", {}, spec.note) : null), readout, plot);
   const state = { spec, plot, readout, at: null, drag: null };
   plot.addEventListener("pointermove", (event) => point(state, event));
-  plot.addEventListener("pointerleave", () => { if (!state.drag) look(state, null); });
+  plot.addEventListener("pointerleave", () => { if (state.drag == null) look(state, null); });
   plot.addEventListener("pointerdown", (event) => press(state, event));
   plot.addEventListener("keydown", (event) => walk(state, event));
   plot.addEventListener("blur", () => look(state, null));
@@ -219,11 +222,18 @@ function press(state, event) {
   if (event.pointerType !== "mouse") { point(state, event); return; }
   state.drag = under(state, event);
   state.plot.setPointerCapture(event.pointerId);
+  const ended = new AbortController(), listening = { signal: ended.signal };
+  const drop = () => {
+    ended.abort();
+    state.drag = null;
+    look(state, state.at);
+  };
   state.plot.addEventListener("pointerup", (up) => {
     const [from, to] = [state.drag, under(state, up)].sort((a, b) => a - b);
-    state.drag = null;
+    drop();
     if (Math.abs(state.X(to) - state.X(from)) > 6) zoom(from, to);
-  }, { once: true });
+  }, listening);
+  for (const name of ["pointercancel", "lostpointercapture"]) state.plot.addEventListener(name, drop, listening);
 }
 
 function walk(state, event) {

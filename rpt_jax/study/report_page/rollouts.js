@@ -3,7 +3,7 @@
 const PAGE = 40;
 const LEVELS = [["any", "any difficulty", () => true], ["easy", "easy (above 0.5 nats)", (e) => e > 0.5],
   ["medium", "medium (above 1.0)", (e) => e > 1.0], ["hard", "hard (above 1.5)", (e) => e > 1.5],
-  ["below", "below easy (0.5 or less)", (e) => e <= 0.5]];
+  ["below", "below easy (0.5 or less)", (e) => isNumber(e) && e <= 0.5]];
 const ORDERS = [["latest", "latest first", (a, b) => b.step - a.step], ["earliest", "earliest first", (a, b) => a.step - b.step],
   ["entropy", "highest entropy first", (a, b) => (b.entropy || 0) - (a.entropy || 0)],
   ["longest", "longest first", (a, b) => (b.tokens || 0) - (a.tokens || 0)],

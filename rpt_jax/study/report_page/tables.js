@@ -109,14 +109,14 @@ function shownFit(value) {
 }
 
 function fits() {
-  const rows = RUNS.flatMap((run) => run.fits.map((fit) => ({ run, ...fit })));
+  const rows = [...DATA.fits, ...RUNS.flatMap((run) => run.fits.map((fit) => ({ run, ...fit })))];
   if (!rows.length) return;
   const first = ["A", "alpha", "P_star", "r2", "verdict"];
   const others = distinct(rows.flatMap((row) => Object.keys(row.values))).filter((name) => !first.includes(name));
   const names = [...first, ...others];
   section("fits", "Scaling fits", table("P(C) = A / C^alpha + P*, C in FLOPs",
     ["fit", ...names.map((name) => ({ P_star: "P*", r2: "R²" })[name] || words(name))],
-    rows.map((row) => [(RUNS.length > 1 ? row.run.label + ": " : "") + words(row.name),
+    rows.map((row) => [(row.run && RUNS.length > 1 ? row.run.label + ": " : "") + words(row.name),
       ...names.map((name) => shownFit(row.values[name]))])));
 }
 
