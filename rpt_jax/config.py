@@ -145,6 +145,16 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What rollouts earn in training; evaluation and the metric `accuracy` count prefix matching always."""
+
+    # prefix: the answer is the next tokens, byte for byte (paper) | first_token: it begins with the next token | dense:
+    # where it is wrong, the policy's probability of its first token | conditional_dense: dense in groups with a right
+    # answer, else 0.
+    kind: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """GRPO and its optimizer."""
 
@@ -231,6 +241,7 @@ class Config:
     positions: PositionConfig = field(default_factory=PositionConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -29,7 +29,7 @@ from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answers
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning.advantages import groups_agree
-from rpt_jax.learning.rewards import prefix_matching
+from rpt_jax.learning.rewards import Outcomes, answer_logprobs, prefix_matching, reward
 from rpt_jax.mesh import all_rows, batch_rows
 from rpt_jax.policy.sampler import sample
 from rpt_jax.policy.stream import padded_length
@@ -139,8 +139,12 @@ def roll(
         responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
         answers = parse_answers(tokenizer, *responses)
         answered_NG = np.array([[answer is not None for answer in group] for group in answers])
-        rewards_NG = prefix_matching(answers, own)
-        answered_NG, rewards_NG, right_NG = all_rows((answered_NG, rewards_NG, rewards_NG == 1), rows, N)
+        outcomes = Outcomes(answers, own)
+        if config.reward.kind in ("dense", "conditional_dense"):
+            first_NG = answer_logprobs(tokenizer.bytes_of, *responses[:2], rollouts.logprobs_NGR[rows])
+            outcomes = dataclasses.replace(outcomes, first_logprobs_NG=first_NG)
+        made = answered_NG, reward(config.reward, outcomes), prefix_matching(answers, own) == 1
+        answered_NG, rewards_NG, right_NG = all_rows(made, rows, N)
     seconds = sampled - start, time.perf_counter() - sampled
     return Groups(positions, prompts, rollouts, answered_NG, rewards_NG, right_NG), seconds
 
