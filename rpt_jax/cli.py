@@ -93,6 +93,7 @@ def _lines(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
 def run(command: str, words: list[str], as_json: bool = False) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
     from rpt_jax import commands, compilation, config
+    from rpt_jax.experiment_file import load_experiment
 
     compilation.keep_on_disk()
 
@@ -105,7 +106,7 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "pretrain":
         return commands.run_pretrain(parse(command, commands.PretrainRun(), words))
     if command == "annotate":
-        start = commands.part_of(commands.AnnotateRun, config.load_experiment(given)) if given else None
+        start = commands.part_of(commands.AnnotateRun, load_experiment(given)) if given else None
         return commands.run_annotate(parse(command, start or commands.AnnotateRun(), words))
     if command == "bench":
         return run_bench(given, words)
@@ -114,7 +115,7 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
 
         if ["--mesh", "auto"] in [words[i : i + 2] for i in range(len(words))]:
             words = [*(word for word in words if word not in ("--mesh", "auto")), "--choose-mesh"]
-        start = commands.part_of(plan.PlanRun, config.load_experiment(given)) if given else plan.PlanRun()
+        start = commands.part_of(plan.PlanRun, load_experiment(given)) if given else plan.PlanRun()
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
         return figures
@@ -149,7 +150,7 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
 
         return sweep.sweep(given, parse(command, sweep.SweepSettings(), words))
     if command == "train":
-        return commands.run_train(parse(command, config.load_experiment(given) if given else config.Config(), words))
+        return commands.run_train(parse(command, load_experiment(given) if given else config.Config(), words))
     start = commands.settings_of(given) if given else commands.EvaluateRun()
     return commands.run_evaluate(parse(command, start, words))
 

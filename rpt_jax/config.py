@@ -6,10 +6,8 @@ The comment on a field is its documentation, with unit and, where there is one, 
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +145,16 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What rollouts earn in training; evaluation and the metric `accuracy` count prefix matching always."""
+
+    # prefix: the answer is the next tokens, byte for byte (paper) | first_token: it begins with the next token | dense:
+    # where it is wrong, the policy's probability of its first token | conditional_dense: dense in groups with a right
+    # answer, else 0.
+    kind: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """GRPO and its optimizer."""
 
@@ -233,6 +241,7 @@ class Config:
     positions: PositionConfig = field(default_factory=PositionConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -321,24 +330,3 @@ def load(cls, path: Path):
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}): mend it or write the config anew") from error
     return from_dict(cls, values, str(path))
-
-
-def load_experiment(path: str) -> Config:
-    """Runs an experiment file and returns what its `config()` gives; raises InputError if it has none.
-
-    It may import its neighbours in the folder.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"no experiment file {path}; the ones that come with the project are in experiments/")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    made = module.config() if hasattr(module, "config") else None
-    if not isinstance(made, Config):
-        raise InputError(f"{path}: an experiment file defines config() returning a rpt_jax.config.Config")
-    return made

@@ -35,7 +35,7 @@ def groups_of(positions, agree, width=T):
     )
     rollouts = Rollouts(index_N[:, None, None] * live_NGR, lengths_NG, -0.5 * live_NGR, lengths_NG < 7)
     answered_NG = np.stack([index_N % 2 == 0, np.ones(N, bool)], axis=1)
-    return Groups(tuple(positions), prompts, rollouts, answered_NG, rewards_NG)
+    return Groups(tuple(positions), prompts, rollouts, answered_NG, rewards_NG, rewards_NG == 1)
 
 
 @pytest.fixture
@@ -118,6 +118,7 @@ def test_rows_of_the_batch_belong_together_and_shapes_are_few(run_collect):
         assert groups.positions[n].index == index
         np.testing.assert_array_equal(groups.answered_NG[n], one.answered_NG[0])
         np.testing.assert_array_equal(groups.rewards_NG[n], one.rewards_NG[0])
+        np.testing.assert_array_equal(groups.right_NG[n], one.right_NG[0])
         for name in ("lengths_N", "ids_N2", "truth_NX", "boundaries_NX", "entropies_N"):
             np.testing.assert_array_equal(getattr(groups.prompts, name)[n], getattr(one.prompts, name)[0])
         np.testing.assert_array_equal(groups.prompts.tokens_NT[n, :T], one.prompts.tokens_NT[0])
@@ -133,9 +134,8 @@ def test_metrics_by_hand():
     parts = []
     for rewards in ([[1, 1], [0, 1], [0, 0], [0, 1]], [[0, 0], [0, 0], [1, 1], [0, 1]]):
         made = groups_of([Position(0, index, 0.0) for index in (6, 1, 2, 3)], set())
-        parts.append(
-            Groups(made.positions, made.prompts, made.rollouts, made.answered_NG, np.array(rewards, np.float32))
-        )
+        rewards_NG = np.array(rewards, np.float32)
+        parts.append(dataclasses.replace(made, rewards_NG=rewards_NG, right_NG=rewards_NG == 1))
     row = collect.describe(parts)
     lengths = [7, 2, 2, 2, 3, 3, 4, 4] * 2
     expected = {
@@ -157,6 +157,10 @@ def test_metrics_by_hand():
     }
     assert row == pytest.approx(expected)
 
+    # Other rewards for the same answers: what tells of right answers stays as it is.
+    paid = [dataclasses.replace(part, rewards_NG=part.rewards_NG / 2 + [[0.125, 0.25]]) for part in parts]
+    assert collect.describe(paid) == pytest.approx(expected | {"reward": 7 / 32 + 3 / 16, "zero_variance_share": 0})
+
 
 def test_rollouts_are_shown_as_they_are():
     tokenizer = toy.tokenizer()
@@ -171,7 +175,8 @@ def test_rollouts_are_shown_as_they_are():
         Prompts(None, None, None, truth, np.array([[True, True, False, False]]), None),
         Rollouts(tokens_NGR, np.array([list(map(len, responses))]), logprobs_NGR, np.array([[True, False]])),
         np.array([[True, False]]),
-        np.array([[1.0, 0.0]], np.float32),
+        np.array([[0.5, 0.0]], np.float32),
+        np.array([[True, False]]),
     )
     source = Source(toy.config("unused"), toy.model(), tokenizer, None, toy.annotated().documents, (), None)
     first, second = collect.shown(source, groups, 5, step=9)
@@ -186,13 +191,14 @@ def test_rollouts_are_shown_as_they_are():
         "prediction": "4",
         "truth": "4",
         "continuation": "4.",
-        "reward": 1.0,
+        "reward": 0.5,
+        "right": True,
         "finished": True,
         "tokens": len(responses[0]),
         "pieces": [[text, -i / 8] for i, text in enumerate(["a", " ", "b", "</think>", "\\boxed{", "4", "}", ""])],
     }
     assert second["pieces"] == [["0", -width / 8], ["</think>", -(width + 1) / 8], ["\\boxed{", -(width + 2) / 8]]
-    assert (second["thought"], second["prediction"], second["finished"]) == ("0", None, False)
+    assert (second["thought"], second["prediction"], second["finished"], second["right"]) == ("0", None, False, False)
 
 
 def test_characters_that_tokens_share_are_shown_whole():

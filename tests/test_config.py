@@ -1,6 +1,5 @@
 """config.py: what is saved is read back, and each mistake is named with its remedy before anything is compiled."""
 
-import dataclasses
 import json
 
 import pytest
@@ -93,29 +92,6 @@ def test_clashing_settings_come_with_a_remedy(change, message):
         room[field] = value
     with pytest.raises(InputError, match=message):
         configs.from_dict(Config, values).check()
-
-
-def test_experiment_file_gives_its_config(tmp_path):
-    """A file as in experiments/: starts from the defaults and replaces."""
-    path = tmp_path / "small.py"
-    path.write_text(
-        "from dataclasses import replace\nfrom rpt_jax.config import Config, SampleConfig\n\n"
-        "def config():\n    return replace(Config(), steps=7, sample=SampleConfig(group_size=1))\n"
-    )
-    made = configs.load_experiment(str(path))
-    assert made == dataclasses.replace(Config(), steps=7, sample=SampleConfig(group_size=1))
-    with pytest.raises(InputError, match="group of 1"):
-        made.check()
-
-
-@pytest.mark.parametrize("body", ["STEPS = 3\n", "def config():\n    return {'steps': 3}\n"])
-def test_experiment_without_a_config_is_refused(tmp_path, body):
-    path = tmp_path / "empty.py"
-    path.write_text(body)
-    with pytest.raises(InputError, match=r"empty\.py: an experiment file defines config\(\)"):
-        configs.load_experiment(str(path))
-    with pytest.raises(InputError, match=r"no experiment file .*absent\.py"):
-        configs.load_experiment(str(tmp_path / "absent.py"))
 
 
 def test_groups_are_split_no_more_than_needed():

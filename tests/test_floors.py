@@ -22,6 +22,7 @@ ORDER = [
     "rpt_jax.kernels.grouped_logprob",
     "rpt_jax.records",
     "rpt_jax.config",
+    "rpt_jax.experiment_file",
     "rpt_jax.mesh",
     "rpt_jax.agreement",
     "rpt_jax.preemption",

@@ -1,4 +1,5 @@
-"""Claims: the vectorised reward is Eq. 3 byte for byte, whatever the tokenizer does to bytes, spaces and braces."""
+"""Claims: the vectorised reward is Eq. 3 byte for byte, whatever the tokenizer does to bytes, spaces and braces; the
+others are what their formulas say."""
 
 import json
 from collections import Counter
@@ -8,11 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_jax.config import PromptConfig
+from rpt_jax.config import PromptConfig, RewardConfig
 from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import Template, assemble, continuation, load_template, parse_answer, parse_answers
 from rpt_jax.corpus.tokenizer import load_tokenizer
-from rpt_jax.learning.rewards import pack_predictions, prefix_matching
+from rpt_jax.learning.rewards import (
+    Outcomes,
+    answer_logprobs,
+    conditional_dense,
+    dense,
+    first_token,
+    pack_predictions,
+    prefix_matching,
+    reward,
+)
 from rpt_jax.records import InputError, Prompts
 
 EMOJI_PAGE = "😀👩‍👩‍👧 漢字かな Ελληνικά \x07 «ñ» {x}_{i} 𝕏\t\n } { }{ \\frac{a}{b}}\n\n"
@@ -230,3 +240,102 @@ def test_right_tokens_in_a_sampled_response_are_rewarded(real_data, name):
     assert prefix_matching(answers, prompts)[read_NG].all()
     assert 0.6 < read_NG.mean() < 1
     assert not prefix_matching(parse_answers(tokenizer, tokens_NGR, lengths_NG, ~np.ones_like(read_NG)), prompts).any()
+
+
+KINDS_OF_REWARD = ("prefix", "first_token", "dense", "conditional_dense")
+THE_CAT = [b"", b" the", b" c", b"at", b"."]
+
+
+def test_first_token_by_hand():
+    """Only the bytes of the first token that has any count, whatever stands behind them."""
+    right = [b" the", b" the cat", b" the dog", b" the ca", b" then", b" the" + b"x" * 99]
+    wrong = [b" th", b"the", b" The", b"", None, b" tha"]
+    prompts = prompts_from([THE_CAT] * 2 + [[b"a long token"]] * 2 + [[b"", b""]] * 2, width=10)
+    long, none = [b"a long token", b"a long tok"] * 3, [b"", None, b"\0"] * 2
+    rewards_NG = first_token(Outcomes([right, wrong, long, none, none, right], prompts))
+    assert rewards_NG.dtype == np.float32 and rewards_NG.tolist() == [[1] * 6] + [[0] * 6] * 5
+
+
+def test_dense_by_hand():
+    """1 for a right prediction, p of its first token for a wrong one, also where that token is right; 0 without."""
+    predictions = [[b" the", b" a", b" the dog", b"", None], [b" an", b" th", b"x", None, None]]
+    logprobs_NG = np.log(np.array([[0.5, 0.25, 0.75, 0.5, 0.5], [0.125, 0.0625, 1.0, 0.5, 0.5]], np.float32))
+    outcomes = Outcomes(predictions, prompts_from([THE_CAT] * 2, width=12), logprobs_NG)
+    expected = np.array([[1, 0.25, 0.75, 0, 0], [0.125, 0.0625, 1, 0, 0]])
+    assert dense(outcomes).dtype == conditional_dense(outcomes).dtype == np.float32
+    np.testing.assert_allclose(dense(outcomes), expected, rtol=1e-6)
+    np.testing.assert_allclose(conditional_dense(outcomes), [expected[0], [0] * 5], rtol=1e-6)
+
+
+def test_the_config_chooses_the_reward():
+    """One case that every kind pays differently."""
+    predictions = [[b" the", b" the dog", b" a", None], [b" the dog", b" a", b"x", None]]
+    logprobs_NG = np.log(np.array([[0.5, 0.75, 0.25, 0.5]] * 2, np.float32))
+    outcomes = Outcomes(predictions, prompts_from([THE_CAT] * 2, width=12), logprobs_NG)
+    paid = {kind: reward(RewardConfig(kind), outcomes).round(6).tolist() for kind in KINDS_OF_REWARD}
+    assert paid == {
+        "prefix": [[1, 0, 0, 0], [0, 0, 0, 0]],
+        "first_token": [[1, 1, 0, 0], [1, 0, 0, 0]],
+        "dense": [[1, 0.75, 0.25, 0], [0.5, 0.75, 0.25, 0]],
+        "conditional_dense": [[1, 0.75, 0.25, 0], [0, 0, 0, 0]],
+    }
+
+
+@given(st.lists(st.tuples(PIECES, ANSWERS), min_size=1, max_size=4), st.permutations(range(4)), st.integers(0, 99))
+def test_laws_of_the_variants(cases, order, seed):
+    """Against definitions walked byte by byte; permuting rollouts permutes rewards; what is right earns 1 in all."""
+    pieces_N, answers_N = zip(*cases, strict=True)
+    probabilities_NG = np.random.default_rng(seed).uniform(0.01, 0.99, (len(cases), 4)).astype(np.float32)
+
+    def paid(kind, order=range(4)):
+        predictions = [[answers[i] for i in order] for answers in answers_N]
+        outcomes = Outcomes(predictions, prompts_from(pieces_N, 20), np.log(probabilities_NG[:, list(order)]))
+        return reward(RewardConfig(kind), outcomes)
+
+    right_NG = paid("prefix")
+    for kind in KINDS_OF_REWARD:
+        np.testing.assert_array_equal(paid(kind, order), paid(kind)[:, order])
+        assert kind == "conditional_dense" or (paid(kind)[right_NG == 1] == 1).all()
+    for n, (pieces, answers) in enumerate(cases):
+        first = next((piece for piece in pieces if piece), None)
+        begins = [bool(first) and answer is not None and answer.startswith(first) for answer in answers]
+        assert paid("first_token")[n].tolist() == begins
+        wrong_G = [p if answer else 0 for p, answer in zip(probabilities_NG[n], answers, strict=True)]
+        expected_G = np.where(right_NG[n] == 1, 1, wrong_G)
+        np.testing.assert_allclose(paid("dense")[n], expected_G, rtol=1e-5)
+        np.testing.assert_allclose(paid("conditional_dense")[n], expected_G * (right_NG[n].max() == 1), rtol=1e-5)
+
+
+CONTENTS = [b"", b"hm ", b"</think>", b"</thi", b"nk>", b"\\boxed{", b"\\box", b"ed{4", b"4", b"2}", b"}", b"<end>"]
+
+
+def logprob_of(*tokens, length=None):
+    """answer_logprobs of one response whose r-th token (from 0) has log-prob -(r + 1)."""
+    tokens_NGR, logprobs_NGR = np.array([[tokens]]), -1.0 - np.arange(len(tokens), dtype=np.float32)[None, None]
+    lengths_NG = np.full((1, 1), len(tokens) if length is None else length)
+    bytes_of = lambda ids: b"".join(CONTENTS[i] for i in ids)  # noqa: E731
+    return answer_logprobs(bytes_of, tokens_NGR, lengths_NG, logprobs_NGR).item()
+
+
+def test_the_token_that_begins_the_answer_is_found_by_its_bytes():
+    assert logprob_of(1, 2, 5, 8, 9, 11) == -4
+    assert logprob_of(1, 3, 4, 5, 0, 8, 9) == -6  # an end of thought in two tokens; one without bytes passed over
+    assert logprob_of(2, 6, 7, 9) == -3  # its first byte lies in the token that ends the opening
+    assert logprob_of(5, 8, 10, 2, 5, 8, 10, 1, 5, 9) == -10  # the last box behind the thought
+    assert logprob_of(1, 5, 8, 10) == logprob_of(2, 8, 10) == -np.inf  # no end of the thought, no box
+    assert logprob_of(2, 5, 0, 8, length=3) == logprob_of(8, length=0) == -np.inf  # nothing in the box
+
+
+@given(st.lists(st.integers(0, len(CONTENTS) - 1), min_size=1, max_size=12))
+def test_law_of_the_token_that_begins_the_answer(tokens):
+    """Taken away byte by byte: it is the last token before which no byte of the content has been seen."""
+    found = logprob_of(*tokens)
+    response = b"".join(CONTENTS[i] for i in tokens)
+    _, mark, after = response.rpartition(b"</think>")
+    _, box, content = after.rpartition(b"\\boxed{")
+    if not mark or not box or not content:
+        assert found == -np.inf
+        return
+    at = int(-found) - 1
+    before = b"".join(CONTENTS[i] for i in tokens[:at])
+    assert len(before) <= len(response) - len(content) < len(before) + len(CONTENTS[tokens[at]])

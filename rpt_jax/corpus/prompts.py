@@ -230,14 +230,10 @@ def parse_answer(response: bytes) -> bytes | None:
     starts with `}`. What cannot: a closing too many that is not the first byte, as in `)}` (0.1 % of those tokens).
     A box that no `}` follows is none. Backslashes escape nothing. Spaces and line breaks are kept. Never raises.
     """
-    thought_end = response.rfind(THOUGHT_END)
-    if thought_end < 0:
+    start = answer_start(response)
+    if start is None:
         return None
-    after = response[thought_end + len(THOUGHT_END) :]
-    start = after.rfind(BOX)
-    if start < 0:
-        return None
-    content = after[start + len(BOX) :]
+    content = response[start:]
     first = content.find(b"}")
     if first < 0:
         return None
@@ -246,6 +242,13 @@ def parse_answer(response: bytes) -> bytes | None:
         return content[:balanced]
     space = content.find(b" ", first)
     return content[: content.rfind(b"}", first, space if space >= 0 else len(content))]
+
+
+def answer_start(response: bytes) -> int | None:
+    r"""Index of the byte behind the last `\boxed{` after the last `</think>`; None where there is no such box."""
+    thought_end = response.rfind(THOUGHT_END)
+    box = response.rfind(BOX, thought_end + len(THOUGHT_END)) if thought_end >= 0 else -1
+    return box + len(BOX) if box >= 0 else None
 
 
 def parse_answers(tokenizer, tokens_NGR, lengths_NG, finished_NG) -> list[list[bytes | None]]:

@@ -30,7 +30,7 @@ from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answers
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning.advantages import groups_agree
-from rpt_jax.learning.rewards import prefix_matching
+from rpt_jax.learning.rewards import Outcomes, answer_logprobs, prefix_matching, reward
 from rpt_jax.mesh import all_rows, batch_rows
 from rpt_jax.policy.sampler import sample
 from rpt_jax.policy.stream import padded_length
@@ -62,6 +62,7 @@ class Groups:
     rollouts: Rollouts
     answered_NG: np.ndarray  # bool, there is an answer to reward
     rewards_NG: np.ndarray
+    right_NG: np.ndarray  # bool, the answer is right by prefix matching, whatever it earned
 
 
 def end_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[int, ...]:
@@ -82,11 +83,12 @@ def collect(
     """(the step's N groups, queue for the next step, metrics) of step `step`, counted from 0.
 
     Metrics tell of all rollouts sampled in the step, those of dropped groups too: reward, accuracy (share of rollouts
-    whose answer is right), format_rate (share with an answer), solved_share (of groups with a right answer),
-    zero_variance_share and of it all_right_share and all_wrong_share, length and length_max (tokens), unfinished_share
-    (stopped by the limit), sampled_prompts, sampled_rollouts, sampled_prompt_tokens, sampled_tokens,
-    live_slot_share (of all slots of all decode steps, those that made a token that counts), rounds, queued,
-    refilled (groups in the batch that agree although dynamic sampling is on), seconds of sampling and of rewarding.
+    whose answer is right by prefix matching, whatever the reward), format_rate (share with an answer), solved_share (of
+    groups with a right answer), all_right_share and all_wrong_share (of groups), zero_variance_share (of groups whose
+    rewards agree), length and length_max (tokens), unfinished_share (stopped by the limit), sampled_prompts,
+    sampled_rollouts, sampled_prompt_tokens, sampled_tokens, live_slot_share (of all slots of all decode steps, those
+    that made a token that counts), rounds, queued, refilled (groups in the batch that agree although dynamic sampling
+    is on), seconds of sampling and of rewarding.
     """
     dynamic = source.config.dynamic_sampling
     is_dynamic = 0 <= dynamic.from_step <= step
@@ -139,9 +141,14 @@ def roll(
         responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
         answers = parse_answers(tokenizer, *responses)
         answered_NG = np.array([[answer is not None for answer in group] for group in answers])
-        answered_NG, rewards_NG = all_rows((answered_NG, prefix_matching(answers, own)), rows, N)
+        outcomes = Outcomes(answers, own)
+        if config.reward.kind in ("dense", "conditional_dense"):
+            first_NG = answer_logprobs(tokenizer.bytes_of, *responses[:2], rollouts.logprobs_NGR[rows])
+            outcomes = dataclasses.replace(outcomes, first_logprobs_NG=first_NG)
+        made = answered_NG, reward(config.reward, outcomes), prefix_matching(answers, own) == 1
+        answered_NG, rewards_NG, right_NG = all_rows(made, rows, N)
     seconds = sampled - start, time.perf_counter() - sampled
-    return Groups(positions, prompts, rollouts, answered_NG, rewards_NG), seconds
+    return Groups(positions, prompts, rollouts, answered_NG, rewards_NG, right_NG), seconds
 
 
 def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
@@ -168,6 +175,7 @@ def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
         rollouts,
         gather(lambda part: part.answered_NG),
         gather(lambda part: part.rewards_NG),
+        gather(lambda part: part.right_NG),
     )
 
 
@@ -177,17 +185,16 @@ def describe(rounds: Sequence[Groups]) -> dict:
     lengths_NG = np.concatenate([part.rollouts.lengths_NG for part in rounds])
     finished_NG = np.concatenate([part.rollouts.finished_NG for part in rounds])
     answered_NG = np.concatenate([part.answered_NG for part in rounds])
-    agree_N = np.asarray(groups_agree(rewards_NG))
-    any_right_N = (rewards_NG > 0).any(axis=1)
+    right_NG = np.concatenate([part.right_NG for part in rounds])
     slot_steps = sum(part.rollouts.slot_steps for part in rounds)
     return {
         "reward": float(rewards_NG.mean()),
-        "accuracy": float((rewards_NG == 1).mean()),
+        "accuracy": float(right_NG.mean()),
         "format_rate": float(answered_NG.mean()),
-        "solved_share": float(any_right_N.mean()),
-        "zero_variance_share": float(agree_N.mean()),
-        "all_right_share": float((agree_N & any_right_N).mean()),
-        "all_wrong_share": float((agree_N & ~any_right_N).mean()),
+        "solved_share": float(right_NG.any(axis=1).mean()),
+        "zero_variance_share": float(np.asarray(groups_agree(rewards_NG)).mean()),
+        "all_right_share": float(right_NG.all(axis=1).mean()),
+        "all_wrong_share": float((~right_NG.any(axis=1)).mean()),
         "length": float(lengths_NG.mean()),
         "length_max": int(lengths_NG.max()),
         "unfinished_share": float(1 - finished_NG.mean()),
@@ -232,6 +239,7 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
             "truth": _text(truth[:first]),
             "continuation": _text(truth[:SHOWN_TRUTH].rstrip(b"\0")),
             "reward": float(groups.rewards_NG[n, g]),
+            "right": bool(groups.right_NG[n, g]),
             "finished": bool(rollouts.finished_NG[n, g]),
             "tokens": length,
             "pieces": [

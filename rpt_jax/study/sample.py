@@ -20,7 +20,7 @@ from rpt_jax import mesh as meshes
 from rpt_jax.config import Config, MeshConfig, ModelConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.pieces import number_within, readable_pieces
 from rpt_jax.corpus.positions import Position
-from rpt_jax.corpus.prompts import BOX, THOUGHT_END, Template, assemble, load_template, parse_answers
+from rpt_jax.corpus.prompts import THOUGHT_END, Template, answer_start, assemble, load_template, parse_answers
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.checkpoints import load_policy
@@ -198,7 +198,7 @@ def describe(contents: list[bytes], logprobs: list[float], answer: bytes | None)
     before, mark, _ = response.rpartition(THOUGHT_END)
     within = None
     if answer is not None:
-        start = len(before + mark) + response[len(before + mark) :].rfind(BOX) + len(BOX)
+        start = answer_start(response)
         within = number_within(contents, logprobs, start, start + len(answer))
     return {
         "thought": _text(before if mark else response),
