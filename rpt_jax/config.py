@@ -150,8 +150,19 @@ class RewardConfig:
 
     # prefix: the answer is the next tokens, byte for byte (paper) | first_token: it begins with the next token | dense:
     # where it is wrong, the policy's probability of its first token | conditional_dense: dense in groups with a right
-    # answer, else 0.
-    kind: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
+    # answer, else 0 | information_gain: how much the thought alone adds to the next token's log-prob, nats (RLP).
+    kind: Literal["prefix", "first_token", "dense", "conditional_dense", "information_gain"] = "prefix"
+    ema_decay: float = 0.999  # information_gain: per update, of the average of policies that predicts without a thought
+    opening: str = ""  # information_gain: text between thought and next token (RLP: none), e.g. \boxed{
+
+    def check(self, advantage: str) -> None:
+        if not 0 <= self.ema_decay <= 1:
+            raise InputError(f"reward.ema_decay={self.ema_decay}: use 0 to 1 (RLP: 0.999)")
+        if self.kind == "information_gain" and advantage != "leave_one_out":
+            raise InputError(
+                f"reward.kind=information_gain with update.advantage={advantage}: a standard deviation would blow up "
+                "gains that hardly differ, and RLP has none; use --update.advantage leave_one_out"
+            )
 
 
 @dataclass(frozen=True)
@@ -254,6 +265,7 @@ class Config:
         """Raises InputError for settings that clash, before anything is compiled."""
         self.model.check()
         self.sample.check()
+        self.reward.check(self.update.advantage)
         if self.sample.group_size < 2:
             raise InputError(
                 f"sample.group_size={self.sample.group_size}: GRPO compares the rollouts of a prompt with each "

@@ -94,3 +94,20 @@ def test_the_check_passes_and_notices_a_wrong_mask():
     broken = made.replace(stream=made.stream.replace(blocks=(made.stream.blocks[0], shifted)))
     with pytest.raises(FloatingPointError, match="nats a token off those of whole sequences"):
         batch.check_shared_prefix(policy(), broken, 0.8, **options)
+
+
+def test_shortened_responses_are_padding_behind_their_ends():
+    """The stream of a batch of them holds no token from there on; as long as they were, they stay as they are."""
+    prompts, rollouts, advantages_NG = records()
+    lengths_NG = rollouts.lengths_NG // 2
+    shorter = batch.shortened(rollouts, lengths_NG)
+    for n, g in np.ndindex(N, G):
+        length = lengths_NG[n, g]
+        for name in ("tokens_NGR", "logprobs_NGR"):
+            before, after = getattr(rollouts, name)[n, g], getattr(shorter, name)[n, g]
+            np.testing.assert_array_equal(after, np.where(np.arange(R) < length, before, 0))
+    made = batch.pack(
+        prompts, shorter, advantages_NG, UpdateConfig(), meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    assert (np.asarray(made.stream.targets_UX) >= 0).sum() == lengths_NG.sum() < rollouts.lengths_NG.sum()
+    jax.tree.map(np.testing.assert_array_equal, batch.shortened(rollouts, rollouts.lengths_NG), rollouts)

@@ -62,6 +62,18 @@ def test_state_and_host_come_back_to_the_bit_and_the_newest_stay(tmp_path):
         restored(tmp_path, state_on(None), 2)
 
 
+def test_an_average_comes_back_too_and_is_guarded(tmp_path):
+    state = state_on(None)
+    state = state.replace(average=jax.tree.map(lambda x: x / 3, state.params))
+    with contextlib.closing(checkpoints.open_checkpoints(tmp_path, 2)) as manager:
+        checkpoints.save(manager, 1, state, HOST)
+    found, _ = restored(tmp_path, state, 1)
+    assert_same(found, state)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    with pytest.raises(InputError, match="cannot be read"):
+        restored(tmp_path, state_on(None), 1)
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1)])
 def test_another_mesh_reads_it(tmp_path, shape):
     """Saved from (8, 1, 1); the copies lie as they do on the mesh that asks."""

@@ -35,7 +35,7 @@ def groups_of(positions, agree, width=T):
     )
     rollouts = Rollouts(index_N[:, None, None] * live_NGR, lengths_NG, -0.5 * live_NGR, lengths_NG < 7)
     answered_NG = np.stack([index_N % 2 == 0, np.ones(N, bool)], axis=1)
-    return Groups(tuple(positions), prompts, rollouts, answered_NG, rewards_NG, rewards_NG == 1)
+    return Groups(tuple(positions), prompts, rollouts, answered_NG, rewards_NG, rewards_NG == 1, lengths_NG)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def run_collect(monkeypatch):
     def run(agree, max_rounds=4, from_step=3, step=3, queue=(), start=0):
         rounds = []
 
-        def roll(source, params, positions, key):
+        def roll(source, params, positions, key, state):
             rounds.append([position.index for position in positions])
             return groups_of(positions, agree, T if len(rounds) == 1 else 2 * T), (1.0, 0.25)
 
@@ -90,7 +90,7 @@ def test_the_key_is_that_of_seed_and_step_in_every_round(monkeypatch):
     """Same step, same key, whatever the round or queue; another step or seed, another key."""
     keys = []
 
-    def roll(source, params, positions, key):
+    def roll(source, params, positions, key, state):
         keys.append(tuple(jax.random.key_data(key).tolist()))
         return groups_of(positions, {0, 1}), (1.0, 0.25)
 
@@ -119,6 +119,7 @@ def test_rows_of_the_batch_belong_together_and_shapes_are_few(run_collect):
         np.testing.assert_array_equal(groups.answered_NG[n], one.answered_NG[0])
         np.testing.assert_array_equal(groups.rewards_NG[n], one.rewards_NG[0])
         np.testing.assert_array_equal(groups.right_NG[n], one.right_NG[0])
+        np.testing.assert_array_equal(groups.learnt_NG[n], one.learnt_NG[0])
         for name in ("lengths_N", "ids_N2", "truth_NX", "boundaries_NX", "entropies_N"):
             np.testing.assert_array_equal(getattr(groups.prompts, name)[n], getattr(one.prompts, name)[0])
         np.testing.assert_array_equal(groups.prompts.tokens_NT[n, :T], one.prompts.tokens_NT[0])
@@ -177,6 +178,7 @@ def test_rollouts_are_shown_as_they_are():
         np.array([[True, False]]),
         np.array([[0.5, 0.0]], np.float32),
         np.array([[True, False]]),
+        np.array([list(map(len, responses))]),
     )
     source = Source(toy.config("unused"), toy.model(), tokenizer, None, toy.annotated().documents, (), None)
     first, second = collect.shown(source, groups, 5, step=9)

@@ -80,6 +80,8 @@ def test_broken_file_is_named_with_its_line(tmp_path):
         ({"model.head_channels": 31}, "head_channels=31 must be even.*use 32"),
         ({"sample.temperature": -0.1}, "temperature=-0.1 must be >= 0"),
         ({"sample.top_p": 0.0}, r"top_p=0.0 in \(0, 1\]"),
+        ({"reward.kind": "information_gain"}, "update.advantage=std: .* use --update.advantage leave_one_out"),
+        ({"reward.ema_decay": 1.5}, "reward.ema_decay=1.5: use 0 to 1"),
     ],
 )
 def test_clashing_settings_come_with_a_remedy(change, message):

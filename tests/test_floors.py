@@ -51,6 +51,7 @@ ORDER = [
     "rpt_jax.policy.scorer",
     "rpt_jax.policy.proxy",
     "rpt_jax.learning.rewards",
+    "rpt_jax.learning.next_token",
     "rpt_jax.learning.advantages",
     "rpt_jax.learning.update",
     "rpt_jax.learning.batch",

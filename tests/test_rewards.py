@@ -13,12 +13,14 @@ from rpt_jax.config import PromptConfig, RewardConfig
 from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import Template, assemble, continuation, load_template, parse_answer, parse_answers
 from rpt_jax.corpus.tokenizer import load_tokenizer
+from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.rewards import (
     Outcomes,
     answer_logprobs,
     conditional_dense,
     dense,
     first_token,
+    information_gain,
     pack_predictions,
     prefix_matching,
     reward,
@@ -304,6 +306,42 @@ def test_laws_of_the_variants(cases, order, seed):
         expected_G = np.where(right_NG[n] == 1, 1, wrong_G)
         np.testing.assert_allclose(paid("dense")[n], expected_G, rtol=1e-5)
         np.testing.assert_allclose(paid("conditional_dense")[n], expected_G * (right_NG[n].max() == 1), rtol=1e-5)
+
+
+def test_information_gain_by_hand():
+    """p(next token) 0.5 and 0.125 after two thoughts, 0.25 without: a factor of 2 gained, a factor of 2 lost."""
+    outcomes = Outcomes(
+        [[None, b" the"], [None, None]],
+        prompts_from([THE_CAT] * 2, width=12),
+        thought_logprobs_NG=np.log(np.array([[0.5, 0.125], [1.0, 0.1]], np.float32)),
+        plain_logprobs_N=np.log(np.array([0.25, 0.1], np.float32)),
+    )
+    expected = np.log([[2, 0.5], [10, 1]])
+    assert information_gain(outcomes).dtype == np.float32
+    np.testing.assert_allclose(information_gain(outcomes), expected, atol=1e-6)
+    np.testing.assert_allclose(reward(RewardConfig("information_gain"), outcomes), expected, atol=1e-6)
+
+
+LOGPROBS = st.floats(-20, 0, width=32)
+
+
+@given(st.lists(st.tuples(st.lists(LOGPROBS, min_size=3, max_size=3), LOGPROBS, ANSWERS), min_size=1, max_size=4))
+def test_laws_of_information_gain(cases):
+    """The ratio of the probabilities; the answers play no part; RLP's advantage does not see the plain log-prob."""
+    after, plain, answers = zip(*cases, strict=True)
+    paid = [
+        information_gain(Outcomes(predictions, prompts, None, np.array(after, np.float32), np.array(minus, np.float32)))
+        for predictions, prompts, minus in (
+            (answers, prompts_from([THE_CAT] * len(cases), width=12), plain),
+            (None, None, plain),
+            (None, None, np.zeros(len(cases))),
+        )
+    ]
+    np.testing.assert_array_equal(paid[0], paid[1])
+    for n, (after_G, minus, _) in enumerate(cases):
+        np.testing.assert_allclose(paid[0][n], [each - minus for each in after_G], atol=1e-5)
+    moved = [np.asarray(group_advantages(each, "leave_one_out", 0.0)) for each in paid[1:]]
+    np.testing.assert_allclose(*moved, atol=1e-4)
 
 
 CONTENTS = [b"", b"hm ", b"</think>", b"</thi", b"nk>", b"\\boxed{", b"\\box", b"ed{4", b"4", b"2}", b"}", b"<end>"]

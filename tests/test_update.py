@@ -273,6 +273,18 @@ def test_the_first_moment_may_be_bfloat16():
     assert 0 < apart < 1e-2
 
 
+def test_the_average_moves_by_its_decay_and_an_update_leaves_it_alone():
+    """0.75 * 1 + 0.25 * 3 = 1.5, in float32 whatever the parameters are in; without one, there is none."""
+    average, params = {"w": jnp.ones((2,), jnp.float32)}, {"w": jnp.full((2,), 3, jnp.bfloat16)}
+    moved = update.moved_average(average, params, 0.75)
+    assert moved["w"].dtype == jnp.float32 and moved["w"].tolist() == [1.5, 1.5]
+    assert fresh_state().average is None
+    state = update.init_state(policy(), update.make_optimizer(CONFIG, 10), averaged=True)
+    state, _ = step(state, make_batch())
+    assert_same_tree(state.average, policy(), rtol=0)
+    assert not np.array_equal(jax.tree.leaves(state.params)[0], jax.tree.leaves(policy())[0])
+
+
 def test_donating_the_state_leaves_the_given_params_alive():
     step(fresh_state(), make_batch())
     assert np.isfinite(policy()["head"]).all()

@@ -55,6 +55,13 @@ def pack(prompts: Prompts, rollouts: Rollouts, advantages_NG: Array, config: Upd
     return place(batch, batch_sharding(mesh)).replace(stream=place(stream, batch_sharding(mesh, axis=1)))
 
 
+def shortened(rollouts: Rollouts, lengths_NG: np.ndarray) -> Rollouts:
+    """The first tokens of each response, as many as given; what follows is padding."""
+    live_NGR = np.arange(rollouts.tokens_NGR.shape[2]) < lengths_NG[:, :, None]
+    tokens_NGR, logprobs_NGR = (np.where(live_NGR, a, 0) for a in (rollouts.tokens_NGR, rollouts.logprobs_NGR))
+    return rollouts.replace(tokens_NGR=tokens_NGR, logprobs_NGR=logprobs_NGR, lengths_NG=lengths_NG)
+
+
 def maybe_check(
     seen: set, params: Params, batch: Batch, temperature: float, model: ModelConfig, config: UpdateConfig, mesh: Mesh
 ) -> None:

@@ -1,10 +1,11 @@
 """Training state and policies on disk.
 
 A checkpoint (Orbax, one folder per step, there as a whole or not at all) holds the parameters, the optimizer state with
-the step, and as JSON what the host needs to go on exactly: the state of the position stream and the dynamic-sampling
-queue; and fingerprints of the arrays, by which one is known that was damaged but still reads. A policy folder holds
-what sampling needs, in few files that travel well: policy.json, params.npz, the tokenizer. In the policy folder of a
-large model params/ (Orbax) stands for params.npz, of which every device reads its own part.
+the step (and in a run that has one the average of parameters), and as JSON what the host needs to go on exactly: the
+state of the position stream and the dynamic-sampling queue; and fingerprints of the arrays, by which one is known that
+was damaged but still reads. A policy folder holds what sampling needs, in few files that travel well: policy.json,
+params.npz, the tokenizer. In the policy folder of a large model params/ (Orbax) stands for params.npz, of which every
+device reads its own part.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:
     """
     if step in manager.all_steps():
         return
-    rest = {"optimizer_state": state.optimizer_state, "step": state.step}
+    rest = _rest(state)
     host = host | {"fingerprints": {"params": fingerprint(state.params), "rest": fingerprint(rest)}}
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest), host=ocp.args.JsonSave(host)
@@ -84,15 +85,20 @@ def restore(manager: Manager, like: TrainState, step: int) -> tuple[TrainState, 
     Raises InputError naming a checkpoint that is missing, damaged, or of another model.
     """
     abstract = abstract_state(like)
-    rest = {"optimizer_state": abstract.optimizer_state, "step": abstract.step}
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
-        rest=ocp.args.StandardRestore(rest),
+        rest=ocp.args.StandardRestore(_rest(abstract)),
         host=ocp.args.JsonRestore(),
     )
     found = _restore(manager, step, items)
     host = {name: value for name, value in found.host.items() if name != "fingerprints"}
-    return TrainState(found.params, found.rest["optimizer_state"], found.rest["step"]), host
+    return TrainState(found.params, **found.rest), host
+
+
+def _rest(state: TrainState) -> dict:
+    """All but the parameters, which are read without it where only the policy is wanted."""
+    average = {} if state.average is None else {"average": state.average}
+    return {"optimizer_state": state.optimizer_state, "step": state.step} | average
 
 
 def restore_newest(folder: str | Path, like: TrainState, config: CheckpointConfig) -> tuple[TrainState, dict, int]:

@@ -29,8 +29,10 @@ from rpt_jax.corpus.pieces import readable_pieces
 from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answers
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.learning import next_token
 from rpt_jax.learning.advantages import groups_agree
 from rpt_jax.learning.rewards import Outcomes, answer_logprobs, prefix_matching, reward
+from rpt_jax.learning.update import TrainState
 from rpt_jax.mesh import all_rows, batch_rows
 from rpt_jax.policy.sampler import sample
 from rpt_jax.policy.stream import padded_length
@@ -63,6 +65,8 @@ class Groups:
     answered_NG: np.ndarray  # bool, there is an answer to reward
     rewards_NG: np.ndarray
     right_NG: np.ndarray  # bool, the answer is right by prefix matching, whatever it earned
+    learnt_NG: np.ndarray  # int32, the update learns from so many tokens of a response, its first ones
+    flops_reward: float = 0.0  # of forward passes in which rewards were computed
 
 
 def end_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[int, ...]:
@@ -78,9 +82,16 @@ def end_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[int, ...]:
 
 
 def collect(
-    source: Source, params: Params, stream: Iterator[Position], queue: Sequence[Position], step: int
+    source: Source,
+    params: Params,
+    stream: Iterator[Position],
+    queue: Sequence[Position],
+    step: int,
+    state: TrainState | None = None,
 ) -> tuple[Groups, tuple[Position, ...], dict]:
     """(the step's N groups, queue for the next step, metrics) of step `step`, counted from 0.
+
+    params: the policy as sampling wants it. state: what a reward that scores needs (information_gain), left intact.
 
     Metrics tell of all rollouts sampled in the step, those of dropped groups too: reward, accuracy (share of rollouts
     whose answer is right by prefix matching, whatever the reward), format_rate (share with an answer), solved_share (of
@@ -88,7 +99,7 @@ def collect(
     rewards agree), length and length_max (tokens), unfinished_share (stopped by the limit), sampled_prompts,
     sampled_rollouts, sampled_prompt_tokens, sampled_tokens, live_slot_share (of all slots of all decode steps, those
     that made a token that counts), rounds, queued, refilled (groups in the batch that agree although dynamic sampling
-    is on), seconds of sampling and of rewarding.
+    is on), flops_reward (of forward passes for rewards), seconds of sampling and of rewarding.
     """
     dynamic = source.config.dynamic_sampling
     is_dynamic = 0 <= dynamic.from_step <= step
@@ -100,7 +111,7 @@ def collect(
     dropped: list[tuple[int, int]] = []
     while not rounds or (is_dynamic and len(kept) < N and len(rounds) <= dynamic.max_rounds):
         positions, queue = draw(stream, queue, N)
-        made, seconds = roll(source, params, positions, key)
+        made, seconds = roll(source, params, positions, key, state)
         rounds.append(made)
         spent.append(seconds)
         agree_N = np.asarray(groups_agree(made.rewards_NG)) & is_dynamic
@@ -110,8 +121,9 @@ def collect(
     groups = take(rounds, (kept + dropped)[:N])
     counts = {"rounds": len(rounds), "queued": len(queue) + len(surplus), "refilled": max(0, N - len(kept))}
     seconds_sample, seconds_reward = map(sum, zip(*spent, strict=True))
-    timing = {"seconds_sample": seconds_sample, "seconds_reward": seconds_reward}
-    return groups, (*queue, *surplus), describe(rounds) | counts | timing
+    spent_on = {"flops_reward": sum(part.flops_reward for part in rounds)}
+    spent_on |= {"seconds_sample": seconds_sample, "seconds_reward": seconds_reward}
+    return groups, (*queue, *surplus), describe(rounds) | counts | spent_on
 
 
 def draw(
@@ -123,7 +135,7 @@ def draw(
 
 
 def roll(
-    source: Source, params: Params, positions: tuple[Position, ...], key: Array
+    source: Source, params: Params, positions: tuple[Position, ...], key: Array, state: TrainState | None = None
 ) -> tuple[Groups, tuple[float, float]]:
     """One round: prompts, G rollouts each, answers, rewards; and the seconds of sampling and of rewarding."""
     config, tokenizer, N = source.config, source.tokenizer, len(positions)
@@ -140,15 +152,40 @@ def roll(
     with jax.profiler.TraceAnnotation("reward"):
         responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
         answers = parse_answers(tokenizer, *responses)
-        answered_NG = np.array([[answer is not None for answer in group] for group in answers])
-        outcomes = Outcomes(answers, own)
+        outcomes, learnt_NG, cost = Outcomes(answers, own), rollouts.lengths_NG, 0.0
         if config.reward.kind in ("dense", "conditional_dense"):
             first_NG = answer_logprobs(tokenizer.bytes_of, *responses[:2], rollouts.logprobs_NGR[rows])
             outcomes = dataclasses.replace(outcomes, first_logprobs_NG=first_NG)
+        elif config.reward.kind == "information_gain":
+            after_NG, plain_N, learnt_NG, cost = _next_token(source, state, prompts, rollouts, rows, mine)
+            outcomes = dataclasses.replace(outcomes, thought_logprobs_NG=after_NG[rows], plain_logprobs_N=plain_N[rows])
+        answered_NG = np.array([[answer is not None for answer in group] for group in answers])
         made = answered_NG, reward(config.reward, outcomes), prefix_matching(answers, own) == 1
-        answered_NG, rewards_NG, right_NG = all_rows(made, rows, N)
+        made = all_rows(made, rows, N)
     seconds = sampled - start, time.perf_counter() - sampled
-    return Groups(positions, prompts, rollouts, answered_NG, rewards_NG, right_NG), seconds
+    return Groups(positions, prompts, rollouts, *made, learnt_NG, cost), seconds
+
+
+def _next_token(
+    source: Source, state: TrainState, prompts: Prompts, rollouts: Rollouts, rows: np.ndarray, mine: Sequence[Position]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """(log-prob of the next token after each thought [N, G], without one [N], tokens of thoughts [N, G], FLOPs).
+
+    All rows, in all processes; each reads the documents and responses of its own.
+    """
+    config, tokenizer, model, (N, G) = source.config, source.tokenizer, source.model, rollouts.lengths_NG.shape
+    read = next_token.thought_lengths(tokenizer.bytes_of, rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows])
+    texts = next_token.plain_contexts(source.documents, mine, config.prompt.max_tokens)
+    (thoughts_NG, closed_NG), (plain, targets_N) = all_rows((read, texts), rows, N)
+    closing, opening = (tokenizer.encode_markup(text) for text in (THOUGHT_END.decode(), config.reward.opening))
+    after = next_token.after_thoughts(prompts, rollouts, thoughts_NG, closed_NG, closing, opening)
+    chunk = config.update.token_chunk
+    after_B = next_token.next_logprobs(
+        state.params, model, after, np.repeat(targets_N, G), source.mesh, config.update.microbatches, chunk
+    )
+    plain_N = next_token.next_logprobs(state.average, model, plain, targets_N, source.mesh, 1, chunk)
+    cost = next_token.scoring_flops(model, after, prompts, plain)
+    return after_B.reshape(N, G), plain_N, thoughts_NG, cost
 
 
 def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
@@ -176,6 +213,7 @@ def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
         gather(lambda part: part.answered_NG),
         gather(lambda part: part.rewards_NG),
         gather(lambda part: part.right_NG),
+        gather(lambda part: part.learnt_NG),
     )
 
 

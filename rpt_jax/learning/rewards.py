@@ -25,6 +25,8 @@ class Outcomes:
     predictions: Sequence[Sequence[bytes | None]]  # N rows of G; None: no answer
     prompts: Prompts  # their truth and boundaries
     first_logprobs_NG: np.ndarray | None = None  # dense: nats, of the token that begins the answer; answer_logprobs
+    thought_logprobs_NG: np.ndarray | None = None  # information_gain: nats, of the token that follows; next_token.py
+    plain_logprobs_N: np.ndarray | None = None  # information_gain: the same without a thought
 
 
 def reward(config: RewardConfig, outcomes: Outcomes) -> np.ndarray:
@@ -35,6 +37,8 @@ def reward(config: RewardConfig, outcomes: Outcomes) -> np.ndarray:
         return dense(outcomes)
     if config.kind == "conditional_dense":
         return conditional_dense(outcomes)
+    if config.kind == "information_gain":
+        return information_gain(outcomes)
     return prefix_matching(outcomes.predictions, outcomes.prompts)
 
 
@@ -92,6 +96,16 @@ def conditional_dense(outcomes: Outcomes) -> np.ndarray:
     """dense in groups with a right prediction (prefix matching); 0 for all of the others  [RPT, appendix A]."""
     right_NG = prefix_matching(outcomes.predictions, outcomes.prompts)
     return np.where(right_NG.any(axis=1, keepdims=True), dense(outcomes), np.float32(0))
+
+
+def information_gain(outcomes: Outcomes) -> np.ndarray:
+    """log p_policy(x_t | context, thought) - log p_EMA(x_t | context), nats  [RLP, arXiv 2510.01265].
+
+    x_t is the one token that follows in the document, and no verifier looks at an answer: the response behind
+    `</think>` plays no part, right or wrong, there or not. The policy reads the prompt and its thought (then
+    reward.opening, if any), the average of past policies the text alone; both at temperature 1. See next_token.py.
+    """
+    return (outcomes.thought_logprobs_NG - outcomes.plain_logprobs_N[:, None]).astype(np.float32)
 
 
 def answer_logprobs(

@@ -33,12 +33,13 @@ from rpt_jax.corpus.prompts import Template, assemble, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.learning import checkpoints, identity, progress, run_folder
 from rpt_jax.learning.advantages import group_advantages
-from rpt_jax.learning.batch import maybe_check, pack
+from rpt_jax.learning.batch import maybe_check, pack, shortened
 from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
 from rpt_jax.learning.update import (
     TrainState,
     init_state,
     make_optimizer,
+    moved_average,
     require_finite,
     response_logprobs,
     train_step,
@@ -140,7 +141,9 @@ def train(
     with jax.set_mesh(mesh), preemption.watch() as told:  # by the mesh the scorer's kernel splits its work
         start = run_folder.find(config, found)
         reference = params if config.update.kl_coefficient else None
-        state = init_state(params, make_optimizer(config.update, config.steps))
+        state = init_state(
+            params, make_optimizer(config.update, config.steps), averaged=config.reward.kind == "information_gain"
+        )
         del policy, params  # at most the caller holds on to them now
         stream, queue = iter(position_stream(positions, seed=config.seed)), ()
         if start is not None:
@@ -193,7 +196,7 @@ def _loop(
             with _maybe_profiled(config, step):
                 with told.may_break_off():
                     policy = decoder.gathered(state.params, run.source.model)
-                    groups, queue, row = collect(run.source, policy, stream, queue, step)
+                    groups, queue, row = collect(run.source, policy, stream, queue, step, state)
                     del policy  # the update needs the room
                 state, metrics = _update(run, state, groups, step)
             state = jax.device_put(state, shardings)  # moves nothing, unless the compiler chose another layout
@@ -249,7 +252,8 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
     config, model, began = run.source.config, run.source.model, time.perf_counter()
     with jax.profiler.TraceAnnotation("host"):
         advantages_NG = group_advantages(groups.rewards_NG, config.update.advantage, config.update.advantage_epsilon)
-        batch = pack(groups.prompts, groups.rollouts, advantages_NG, config.update, run.source.mesh)
+        rollouts = shortened(groups.rollouts, groups.learnt_NG)
+        batch = pack(groups.prompts, rollouts, advantages_NG, config.update, run.source.mesh)
     limit = config.sample.max_tokens if config.update.aggregate == "constant" else None
     reference_NGR = None
     if run.reference is not None:
@@ -269,6 +273,8 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
     )
     row = {name: value.item() for name, value in jax.device_get(metrics).items()}
     require_finite(row, step + 1)
+    if state.average is not None:
+        state = state.replace(average=moved_average(state.average, state.params, config.reward.ema_decay))
     row["prompt_tokens"] = int(groups.prompts.lengths_N.sum())  # a prompt whose group is split counts once
     return state, row | {"seconds_update": time.perf_counter() - began, "programs_compiled": compilation.programs()}
 
@@ -276,7 +282,8 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
 def with_rates(row: dict, model: ModelConfig) -> dict:
     """The row with its seconds, response tokens per second (of sampling alone and of the whole step), and matmul FLOPs.
 
-    Sampling is counted with all rounds of dynamic sampling, the update with the batch; padding with neither.
+    Sampling is counted with all rounds of dynamic sampling and the passes in which a reward is computed (flops_reward),
+    the update with the batch; padding with neither.
     """
     seconds = row["seconds_sample"] + row["seconds_reward"] + row["seconds_update"]
     group_size = row["sampled_rollouts"] // row["sampled_prompts"]
@@ -286,7 +293,7 @@ def with_rates(row: dict, model: ModelConfig) -> dict:
         "seconds": seconds,
         "sample_tokens_per_second": row["sampled_tokens"] / row["seconds_sample"],
         "tokens_per_second": row["sampled_tokens"] / seconds,
-        "flops_sample": flops.sampling(model, *sampled),
+        "flops_sample": flops.sampling(model, *sampled) + row["flops_reward"],
         "flops_update": flops.update(
             model, prompts, row["prompt_tokens"], prompts * group_size, row["response_tokens"]
         ),
@@ -317,6 +324,11 @@ def check(source: Source, annotated: AnnotatedDocuments, positions: Positions) -
         raise InputError(
             f"{len(positions)} positions are fewer than batch_size={config.batch_size} prompts a step: lower it, or "
             "select more with a lower --positions.threshold"
+        )
+    if config.reward.kind == "information_gain" and not positions.indices.all():
+        raise InputError(
+            "reward.kind=information_gain at the first token of a document: without a thought nothing predicts it; "
+            "use --positions.minimum-context of 1 or more"
         )
     assemble(tokenizer, source.template, config.prompt, source.documents, [positions[0]])
 

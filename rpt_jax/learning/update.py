@@ -26,6 +26,7 @@ class TrainState:
     params: Params
     optimizer_state: optax.OptState
     step: Array  # int32, updates made
+    average: Params | None = None  # float32, exponential moving average of params, where the reward asks for one
 
 
 def learning_rate(config: UpdateConfig | PretrainConfig, steps: int, step: Array) -> Array:
@@ -74,16 +75,17 @@ def _matrices(params: Params) -> Params:
     return jax.tree.map_with_path(axes, params)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, optimizer: optax.GradientTransformation, averaged: bool = False) -> TrainState:
     """State at step 0 with a copy of params, so that donating the state leaves the caller's intact.
 
     Moments are float32, the first one as config.first_moment says. (The second would stand still in bfloat16: at
     beta2 = 0.999 a step changes it by less than bfloat16 can tell.) They lie on the devices as their parameters do;
-    counters are replicated over the same mesh.
+    counters are replicated over the same mesh. averaged: with an average, which begins as the params.
     """
     params = jax.tree.map(jnp.copy, params)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    state = TrainState(params, optimizer.init(wide), jnp.zeros((), jnp.int32))
+    average = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params) if averaged else None
+    state = TrainState(params, optimizer.init(wide), jnp.zeros((), jnp.int32), average)
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return state
@@ -245,10 +247,17 @@ def apply_gradients(
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer_state = make_optimizer(config, steps).update(gradients, state.optimizer_state, state.params)
-    new = TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1)
+    params = optax.apply_updates(state.params, updates)
+    new = state.replace(params=params, optimizer_state=optimizer_state, step=state.step + 1)
     rate = learning_rate(config, steps, state.step)
     metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "finite": finite}
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def moved_average(average: Params, params: Params, decay: Array | float) -> Params:
+    """decay average + (1 - decay) params, in float32: bfloat16 would not see the change. average is donated."""
+    return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x.astype(jnp.float32), average, params)
 
 
 def require_finite(metrics: dict, step: int) -> None:
