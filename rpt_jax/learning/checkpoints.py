@@ -34,9 +34,9 @@ from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
-
 Manager = ocp.CheckpointManager
 FORMAT = 1
+NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError, ConnectionError, TimeoutError)
 
 
 def newest_step(folder: str | Path) -> int | None:
@@ -138,11 +138,9 @@ def _restore(manager, step, items):
             if name in found and fingerprint(found[name]) != wanted:
                 raise ValueError(f"{name} differs from what was saved")
         return found
-    except (jax.errors.JaxRuntimeError, MemoryError):  # says nothing of the file
+    except NOT_OF_THE_FILES:
         raise
     except Exception as error:  # Orbax raises this very class for a file that is cut short
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # the storage failed, not the checkpoint
         others = sorted(set(manager.all_steps()) - {step})
         before = f"--checkpoint.on-damaged previous continues from step {others[-1]}" if others else ""
         remedy = before or "start the run anew"
@@ -282,7 +280,7 @@ def _restore_params(path, like):
     try:
         with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
             return checkpointer.restore(path.absolute(), like)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # says nothing of the files
+    except NOT_OF_THE_FILES:
         raise
     except Exception as error:  # Orbax raises this very class for a file that is cut short
         raise InputError(f"{path} cannot be read ({_first_line(error)}): copy or make the policy again") from error
