@@ -2,7 +2,7 @@ r"""What came of the rollouts -> their rewards, in the kinds that reward.kind na
 
 Every kind is a function of Outcomes; `reward` chooses. Prefix matching [RPT, arXiv 2506.08007, section 3.2, Eq. 3] is
 the default, and what "right" means everywhere: metrics and evaluation count it whatever is paid. First token, dense
-and conditional dense are variants of its appendix A.
+and conditional dense are variants of its appendix A, information gain is RLP's [arXiv 2510.01265].
 
 Everything is bytes on the host: predictions as cut out of the responses, truth as the exact bytes of the
 document's tokens. Nothing is decoded to text or tokenised again.
