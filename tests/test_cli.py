@@ -94,8 +94,8 @@ def test_bad_input_through_the_real_command(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        f"rpt: no policy in '{tmp_path}/none': give a folder with policy.json (`rpt pretrain` makes one) or the folder "
-        "of a run that has saved a checkpoint\n"
+        f"rpt: no policy in '{tmp_path}/none': give a folder with policy.json (`rpt pretrain` makes one, and "
+        "`rpt convert hf-to-orbax` of published weights) or the folder of a run that has saved a checkpoint\n"
     )
     assert not (tmp_path / "run").exists()
 
