@@ -23,7 +23,7 @@ from rpt_jax.config import CorpusConfig, ModelConfig, PositionConfig, PretrainCo
 from rpt_jax.corpus.documents import read_documents
 from rpt_jax.corpus.positions import difficulty_splits, open_annotated
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.learning.checkpoints import load_policy, save_policy
+from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.learning.pretrain import plain, pretrain, running_batches
 from rpt_jax.policy import decoder
 from rpt_jax.policy.proxy import TokenSource, annotate

@@ -23,8 +23,8 @@ import jax
 import tyro
 from rows import append_row, read_rows
 
-from rpt_jax.study.bench_step import StepBench, bench_step
-from rpt_jax.study.bench_workload import Workload
+from rpt_jax.bench.step import StepBench, bench_step
+from rpt_jax.bench.workload import Workload
 from rpt_jax.study.plots import Curve, Panel, curves, fitted_line
 
 RESULTS = Path(__file__).parent / "results" / "cost.csv"

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from rows import append_row, read_rows
 
-from rpt_jax.study.bench import KernelBench, bench_kernel
+from rpt_jax.bench.kernel import KernelBench, bench_kernel
 
 RESULTS = Path(__file__).parent / "results" / "kernel.csv"
 HEAD = {"tokens": 4096, "width": 5120, "vocabulary": 152064}  # of DeepSeek-R1-Distill-Qwen-14B

@@ -60,9 +60,10 @@ from rpt_jax.config import (
 )
 from rpt_jax.corpus.documents import Documents, read_documents
 from rpt_jax.corpus.positions import difficulty_splits, open_annotated, position_stream, select_positions
-from rpt_jax.corpus.prompts import load_template, parse_answer
+from rpt_jax.corpus.prompts import parse_answer
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
-from rpt_jax.learning.checkpoints import load_policy, save_policy
+from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.learning.pretrain import Example, plain, pretrain, row_batches, running_batches, supervised
 from rpt_jax.learning.run_folder import read_rows
 from rpt_jax.learning.train import train

@@ -15,8 +15,8 @@ import jax
 import tyro
 
 import rpt_jax
-from rpt_jax.config import to_dict
-from rpt_jax.learning.checkpoints import save_policy
+from rpt_jax.config_dict import to_dict
+from rpt_jax.learning.policy_folder import save_policy
 from rpt_jax.study.base import BaseConfig, train_base
 from rpt_jax.study.quickstart import SHIPPED
 

@@ -22,8 +22,8 @@ from rows import append_row, read_rows
 from rpt_jax.corpus import arithmetic
 from rpt_jax.corpus.positions import AnnotatedDocuments, open_annotated, select_positions
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.learning.checkpoints import load_policy
-from rpt_jax.study import quickstart
+from rpt_jax.learning.policy_folder import load_policy
+from rpt_jax.study import controls, quickstart
 from rpt_jax.study.base import Mixture, mixture_batches
 
 RESULTS = Path(__file__).parent / "results" / "quickstart_controls.csv"
@@ -79,13 +79,11 @@ def train_control(
 ) -> quickstart.POLICY:
     """The base after `budget` FLOPs of a control at a learning rate."""
     config = quickstart.QuickstartConfig(next_token_learning_rate=rate, sft_learning_rate=rate)
-    model, _, tokenizer = policy
     if control == "plain_only":
-        batches = mixture_batches(tokenizer, config.base, ONLY_PLAIN, 64, TUNING_SEED)
-        return model, quickstart.spend(config, policy, batches, budget, rate, "plain texts", print_line), tokenizer
+        batches = mixture_batches(policy[2], config.base, ONLY_PLAIN, 64, TUNING_SEED)
+        return controls.spend(policy, batches, budget, rate, "plain texts", print_line).policy
     positions = select_positions(annotated, quickstart.position_config(config), config.seed)
-    train = quickstart.sft_control if control == "sft" else quickstart.next_token_control
-    return train(config, policy, annotated, positions, budget, print_line)
+    return quickstart.train_control(control, config, policy, annotated, positions, budget, print_line).policy
 
 
 def print_line(text: str, **_) -> None:

@@ -1,11 +1,13 @@
 """What the processes of a run tell each other on the host: that they run the same, and that one of them cannot go on.
 
-In a single process nothing is said. All functions here are collectives: every process calls them alike.
+In a single process nothing is said. All functions here but the last are collectives: every process calls them alike.
 """
 
 import contextlib
 import hashlib
+import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -15,6 +17,8 @@ from jax.experimental import multihost_utils
 from rpt_jax.records import InputError
 
 LONGEST_ERROR = 2048  # bytes of a message from one process to the others
+EXIT_LOST = 3  # status of a process that cannot go on without another one
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")  # of what JAX raises, no matter how the other hosts do
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:
@@ -64,3 +68,22 @@ def together() -> Iterator[None]:
     for process, text in enumerate(every):
         if text:
             raise InputError(f"process {process}: {text}")
+
+
+def end_if_host_lost(error: Exception) -> None:
+    """Ends this process at once, with a message, where the error tells that another process is gone; else returns.
+
+    Without ceremony (os._exit): JAX would wait at its end for the process that is gone, and then abort. No collective.
+    """
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_FAULTS)
+    if not lost or jax.process_count() == 1:
+        return
+    print(
+        f"process {jax.process_index()} of {jax.process_count()} on host {socket.gethostname()!r} lost another one: "
+        f"{str(error).splitlines()[0]}\nThe log of the host that ended first says why. The same command on all hosts "
+        "goes on from the newest checkpoint.",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_LOST)

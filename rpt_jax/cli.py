@@ -2,7 +2,7 @@
 
 What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
 that is not finite, a plan that does not fit or a cell of a sweep that failed, 2 input that cannot be used, 128 + signal
-when told to stop (all saved).
+when told to stop (all saved), 3 where another host of the run is gone.
 """
 
 import json
@@ -19,6 +19,8 @@ COMMANDS = (
     ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
     ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
     ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
+    ("choices", "[FOLDER]", "questions with options -> zero-shot accuracy, at once and by reasoning"),
+    ("harness", "[FOLDER]", "a policy or run -> tasks of lm-evaluation-harness (extra harness)"),
     ("sweep", "EXPERIMENT.py", "sizes x compute budgets x seeds -> a row a run, side by side, resumable"),
     ("fit", "RESULTS.csv", "a sweep's rows -> the scaling law, if they support one"),
     ("sample", "[FOLDER]", "a policy or run, and a text -> thoughts about what comes next"),
@@ -39,9 +41,7 @@ BENCHES = (
 )
 USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
 HINTS = """
-  rpt COMMAND --help   all settings of a command
-  rpt COMMAND --json   one JSON object as the last line
-  rpt --version
+  COMMAND --help: all its settings    COMMAND --json: one JSON object as the last line    --version
 
 Start with `rpt quickstart`. What has been run, and with which settings, is in experiments/.
 """
@@ -71,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        from rpt_jax import agreement
+
+        agreement.end_if_host_lost(error)
+        raise
     if "commands" in figures and not as_json:  # for a shell: nothing else on stdout
         print("\n".join(figures["commands"]))
     elif as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
@@ -111,7 +116,7 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "bench":
         return run_bench(given, words)
     if command == "plan":
-        from rpt_jax.study import plan
+        from rpt_jax.planning import plan
 
         if ["--mesh", "auto"] in [words[i : i + 2] for i in range(len(words))]:
             words = [*(word for word in words if word not in ("--mesh", "auto")), "--choose-mesh"]
@@ -119,6 +124,18 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
         return figures
+    if command == "choices":
+        from rpt_jax.study import multiple_choice
+
+        return multiple_choice.run(parse(command, multiple_choice.settings_of(given), words))
+    if command == "harness":
+        from rpt_jax.study import harness
+
+        settings = parse(command, harness.settings_of(given), words)
+        harness.require_installed()
+        from rpt_jax.study import harness_lm  # imports the extra
+
+        return harness_lm.run(settings)
     if command == "sample":
         from rpt_jax.study import sample
 
@@ -140,13 +157,13 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "convert":
         return run_convert(given, words)
     if command == "fit":
-        from rpt_jax.study import scaling, scaling_plot
+        from rpt_jax.scaling import fit, fit_plot
 
-        figures = scaling.fit(given, parse(command, scaling.FitSettings(), words), scaling_plot.draw)
-        show(scaling_plot.table(figures), as_json=False)
+        figures = fit.fit(given, parse(command, fit.FitSettings(), words), fit_plot.draw)
+        show(fit_plot.table(figures), as_json=False)
         return figures
     if command == "sweep":
-        from rpt_jax.study import sweep
+        from rpt_jax.scaling import sweep
 
         return sweep.sweep(given, parse(command, sweep.SweepSettings(), words))
     if command == "train":
@@ -176,18 +193,18 @@ def run_bench(what: str, words: list[str]) -> dict:
         print("\n".join([usage, *_lines(BENCHES, len("compare PEER.py"))]))
         raise SystemExit(0)
     if what == "kernel":
-        from rpt_jax.study import bench
+        from rpt_jax.bench import kernel
 
-        return bench.bench_kernel(parse("bench kernel", bench.KernelBench(), words))
+        return kernel.bench_kernel(parse("bench kernel", kernel.KernelBench(), words))
     if what == "step":
-        from rpt_jax.study import bench_step
+        from rpt_jax.bench import step
 
-        return bench_step.bench_step(parse("bench step", bench_step.StepBench(), words))
+        return step.bench_step(parse("bench step", step.StepBench(), words))
     if what == "compare":
-        from rpt_jax.study import bench_compare
+        from rpt_jax.bench import compare
 
         peer = words.pop(0) if words and not words[0].startswith("-") else ""
-        return bench_compare.compare(peer, parse("bench compare", bench_compare.CompareBench(), words))
+        return compare.compare(peer, parse("bench compare", compare.CompareBench(), words))
     from rpt_jax.records import InputError
 
     raise InputError(

@@ -25,20 +25,25 @@ from rpt_jax.config import (
     PositionConfig,
     PretrainConfig,
     PromptConfig,
+    QuestionConfig,
     SampleConfig,
-    to_dict,
 )
+from rpt_jax.config_dict import to_dict
 from rpt_jax.corpus.documents import Corpus, open_corpus
 from rpt_jax.corpus.positions import DIFFICULTIES, all_positions, difficulty_splits, open_annotated
-from rpt_jax.corpus.prompts import load_template
+from rpt_jax.corpus.questions import open_questions
+from rpt_jax.corpus.segments import require_room
+from rpt_jax.corpus.templates import load_template, require_fitting
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from rpt_jax.learning import run_folder, train
-from rpt_jax.learning.checkpoints import check_tokenizer, load_policy, require_policy_folder, save_policy
+from rpt_jax.learning import judge, run_folder, train
 from rpt_jax.learning.collect import end_ids
+from rpt_jax.learning.inputs import Inputs
+from rpt_jax.learning.policy_folder import check_tokenizer, load_policy, require_policy_folder, save_policy
 from rpt_jax.learning.pretrain import plain, pretrain, running_batches
 from rpt_jax.policy import decoder, proxy
 from rpt_jax.records import InputError, Params
 from rpt_jax.study import evaluate as study
+from rpt_jax.study.question_evaluation import evaluate_questions
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +78,13 @@ class AnnotateRun:
 
 @dataclass(frozen=True)
 class EvaluateRun:
-    """Next-token accuracy on held-out positions, by difficulty, as arg-max and by reasoning."""
+    """Next-token accuracy on held-out positions, in both modes and by difficulty; or right answers to questions."""
 
     policy: str = ""  # a policy folder, or a run folder: its newest checkpoint
     seed: int = 0  # of the choice of positions and of the rollouts
     results: str = ""  # JSON file to write; empty: none
-    positions: PositionConfig = field(default_factory=PositionConfig)  # only minimum_context is read
+    positions: PositionConfig = field(default_factory=PositionConfig)  # minimum_context, and what bounds the target
+    questions: QuestionConfig = field(default_factory=QuestionConfig)  # if files are named, those held out
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # group size and temperature are evaluate's
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -176,9 +182,10 @@ def run_annotate(config: AnnotateRun) -> dict:
 
 
 def run_train(config: Config) -> dict:
-    """RPT; evaluates along the way where config.evaluate.annotated names held-out documents."""
+    """RPT; evaluates along the way where documents or questions are held out."""
     meshes.start_distributed(config.mesh)
-    train.run(config, held_out_evaluation if config.evaluate.annotated else None)
+    has_exam = config.evaluate.annotated or config.questions.holdout or config.questions.evaluate_files
+    train.run(config, held_out_evaluation if has_exam else None)
     return run_folder.read_results(config.run_folder)
 
 
@@ -194,7 +201,7 @@ def run_evaluate(config: EvaluateRun) -> dict:
     return figures
 
 
-def held_out_evaluation(inputs: train.Inputs) -> train.Evaluate:
+def held_out_evaluation(inputs: Inputs) -> train.Evaluate:
     """What train calls: the figures of run_evaluate for the parameters of the moment."""
     model, _, tokenizer = inputs.policy
     meshes.check_batch_divides(inputs.config.evaluate.batch_size, inputs.mesh, "positions (evaluate.batch_size)")
@@ -209,34 +216,28 @@ def marks(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh):
     """params -> figures; opens and checks everything before."""
-    if not config.evaluate.annotated:
+    are_questions = bool(config.questions.files or config.questions.evaluate_files)
+    if not config.evaluate.annotated and not are_questions:
         raise InputError(
-            "evaluate.annotated is empty: name the folder of held-out documents that `rpt annotate` has written"
+            "evaluate.annotated is empty: name the folder of held-out documents that `rpt annotate` has written, or "
+            "questions.files"
         )
+    policy = model, tokenizer, load_template(config.prompt.template, config.prompt.chat)
+    shared = {"prompt": config.prompt, "sample": config.sample, "config": config.evaluate, "seed": config.seed}
+    shared |= {"end_ids": end_ids(tokenizer, config.sample.end_tokens), "mesh": mesh}
+    shared |= {"progress": _progress("batches evaluated")}
+    if are_questions:
+        config.questions.check(config.evaluate.annotated)
+        judge.check_ready(config.prompt)
+        questions = open_questions(config.questions, config.prompt, tokenizer, config.seed)
+        return lambda params: evaluate_questions(params, *policy, questions, limits=config.questions, **shared)
     annotated = open_annotated(config.evaluate.annotated, tokenizer)
-    splits = difficulty_splits(annotated, config.positions)
-    template = load_template(config.prompt.template, config.prompt.chat)
-    ends = end_ids(tokenizer, config.sample.end_tokens)
-
-    def evaluation(params: Params) -> dict:
-        return study.evaluate(
-            params,
-            model,
-            tokenizer,
-            template,
-            annotated.documents,
-            splits,
-            prompt=config.prompt,
-            sample=config.sample,
-            config=config.evaluate,
-            seed=config.seed,
-            end_ids=ends,
-            banned_ids=marks(tokenizer),
-            mesh=mesh,
-            progress=_progress("batches evaluated"),
-        ).summary()
-
-    return evaluation
+    splits, banned = difficulty_splits(annotated, config.positions), marks(tokenizer)
+    require_fitting(policy[2], config.positions.target)
+    for split in splits.values():
+        require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)
+    exam = annotated.documents, splits
+    return lambda params: study.evaluate(params, *policy, *exam, banned_ids=banned, **shared).summary()
 
 
 def _read_corpus(config: PretrainRun) -> tuple[Tokenizer, Corpus]:

@@ -5,14 +5,10 @@ The comment on a field is its documentation, with unit and, where there is one, 
 `Config`; tyro turns the dataclasses into flags such as `--update.learning-rate 2e-6`.
 """
 
-import dataclasses
-import json
-import math
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from rpt_jax.parts import parts_of_groups
 from rpt_jax.records import InputError
 
 
@@ -98,6 +94,14 @@ class PositionConfig:
     """Which annotated positions are trained on (paper: entropy above a threshold it does not state)."""
 
     annotated: str = ""  # folder written by `rpt annotate`
+    # What is predicted: next_token (paper: what follows, one token or several) | next_segment: a whole sentence or line
+    # from its beginning | masked_span: such a segment left out of the text, which is seen before and behind it (RLPT).
+    target: Literal["next_token", "next_segment", "masked_span"] = "next_token"
+    shortest_target: int = 4  # tokens of a segment, shorter ones are left out
+    longest_target: int = 64  # tokens of a segment, longer ones are left out
+    order: Literal["shuffled", "easy_to_hard"] = "shuffled"  # easy_to_hard: those of low entropy first
+    stages: int = 4  # of easy_to_hard: the k-th part of the run draws from the k parts of lowest entropy
+    # By entropy of the token, of a segment by the mean of its tokens'.
     select: Literal["threshold", "top_share", "random"] = "threshold"
     threshold: float = 1.5  # nats; easy / medium / hard evaluation splits are above 0.5 / 1.0 / 1.5
     share: float = 0.2  # of all positions, for top_share and random
@@ -107,15 +111,51 @@ class PositionConfig:
     window: int = 4096  # annotation: tokens the proxy sees; longer documents go through in windows overlapping by half
     batch_tokens: int = 8192  # annotation: tokens of one batch of the proxy, padding included
 
+    def check(self) -> None:
+        if not 1 <= self.shortest_target <= self.longest_target or self.stages < 1:
+            raise InputError(
+                f"positions: shortest_target={self.shortest_target}, longest_target={self.longest_target}, stages="
+                f"{self.stages}: use 1 or more of each, and no shortest_target above longest_target"
+            )
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """Questions with verifiable answers, to train on in place of positions in text (reward.kind verified)."""
+
+    files: tuple[str, ...] = ()  # as in corpus.files; given: training is on their questions
+    question: str = "problem"  # field of the question
+    answer: str = "answer"  # field of the answer, text or a number
+    answer_after: str = ""  # the answer is what follows the last of these in its field, e.g. "####"; empty: all of it
+    on_bad_record: Literal["stop", "skip"] = "stop"  # skip counts and reports
+    train: int = 0  # questions trained on, by the seed; 0: all that are not held out (paper: 256)
+    holdout: int = 0  # questions kept out of training, to evaluate on (paper: 200)
+    evaluate_files: tuple[str, ...] = ()  # questions to evaluate on from files of their own, in place of a holdout
+    workers: int = 2  # processes that judge answers
+    seconds: float = 5.0  # for one answer; one that takes longer is stopped and counts as not right
+    memory_mib: int = 1024  # of address space, for one answer
+
+    def check(self, annotated: str = "") -> None:
+        if annotated and (self.files or self.evaluate_files):
+            raise InputError(
+                f"questions.files and annotated text ({annotated!r}): a run is about one of them, so drop the other"
+            )
+        if self.workers < 1 or self.seconds <= 0 or self.memory_mib < 256:
+            raise InputError(
+                f"questions.workers={self.workers}, questions.seconds={self.seconds}, questions.memory_mib="
+                f"{self.memory_mib}: use 1 or more workers, more than 0 seconds, 256 MiB or more (a worker takes 90)"
+            )
+
 
 @dataclass(frozen=True)
 class PromptConfig:
     """How a context becomes a prompt."""
 
-    template: str = "v0"  # v0..v6, bare, or a path to a template file
+    # v0..v6 | segment, span (by positions.target) | question | bare, bare_span | path to a template file
+    template: str = "v0"
     chat: Literal["none", "r1", "chatml"] = "none"  # turn markers around it: R1 distillations | Qwen2.5 and Qwen3
     max_tokens: int = 4096  # head + context + tail; a longer context loses its left end (paper: 4096)
-    truth_bytes: int = 256  # bytes of continuation kept for the reward; a longer prediction earns 0
+    truth_bytes: int = 256  # bytes of continuation kept for the reward; a longer prediction earns 0, a target must fit
 
 
 @dataclass(frozen=True)
@@ -146,22 +186,37 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What rollouts earn in training; evaluation and the metric `accuracy` count prefix matching always."""
+    """What rollouts earn in training; evaluation and `accuracy` count prefix matching always, of segments exact."""
 
     # prefix: the answer is the next tokens, byte for byte (paper) | first_token: it begins with the next token | dense:
     # where it is wrong, the policy's probability of its first token | conditional_dense: dense in groups with a right
-    # answer, else 0 | information_gain: how much the thought alone adds to the next token's log-prob, nats (RLP).
-    kind: Literal["prefix", "first_token", "dense", "conditional_dense", "information_gain"] = "prefix"
+    # answer, else 0 | information_gain: how much the thought alone adds to the next token's log-prob, nats (RLP) |
+    # verified: the answer means what the question's reference says (the only kind for questions, which counts there) |
+    # exact: the answer is the whole target, the next token or the segment | judged: what `judge` says, 0 to 1.
+    kind: Literal[
+        "prefix", "first_token", "dense", "conditional_dense", "information_gain", "verified", "exact", "judged"
+    ] = "prefix"
+    judge: str = ""  # judged: FILE.py:FUNCTION(contexts, predictions, truths) -> scores, see learning/custom_judge.py
     ema_decay: float = 0.999  # information_gain: per update, of the average of policies that predicts without a thought
     opening: str = ""  # information_gain: text between thought and next token (RLP: none), e.g. \boxed{
 
-    def check(self, advantage: str) -> None:
+    def check(self, advantage: str, target: str = "next_token") -> None:
         if not 0 <= self.ema_decay <= 1:
             raise InputError(f"reward.ema_decay={self.ema_decay}: use 0 to 1 (RLP: 0.999)")
         if self.kind == "information_gain" and advantage != "leave_one_out":
             raise InputError(
                 f"reward.kind=information_gain with update.advantage={advantage}: a standard deviation would blow up "
                 "gains that hardly differ, and RLP has none; use --update.advantage leave_one_out"
+            )
+        if self.kind == "information_gain" and target != "next_token":
+            raise InputError(
+                f"reward.kind=information_gain with positions.target={target}: it scores one token that follows, no "
+                "segment; use --positions.target next_token or another reward"
+            )
+        if (self.kind == "judged") != bool(self.judge):
+            raise InputError(
+                f"reward.kind={self.kind} with reward.judge={self.judge!r}: kind judged, and no other, needs a judge, "
+                "--reward.kind judged --reward.judge FILE.py:FUNCTION"
             )
 
 
@@ -185,6 +240,9 @@ class UpdateConfig:
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     kl_coefficient: float = 0.0  # to the starting policy, k3 estimator (paper: 0)
     entropy_coefficient: float = 0.0  # bonus (paper: 0)
+    next_token_share: float = 0.0  # s: (1-s) of this loss + s of next-token cross entropy on training text (paper: 0)
+    next_token_sequences: int = 0  # windows of text each update reads for that; 0: as many as batch_size
+    next_token_length: int = 512  # tokens of such a window
     microbatches: int = 1  # gradient accumulation, parts of like many tokens; a few prompts: parts of groups
     check_shared_prefix: Literal["never", "first_step", "every_shape"] = "first_step"  # against whole sequences, a few
     token_chunk: int = 0  # tokens whose logits exist at one time where no Pallas kernel runs; 0: by the backend
@@ -243,6 +301,7 @@ class Config:
     name: str = "run"  # shown by progress display and trackers
     seed: int = 0  # of positions, rollouts, and what is held out
     steps: int = 1000  # policy updates (paper: 1000)
+    flops: float = 0.0  # the run ends after the update that reaches so many, too; 0: off. Schedules go by steps
     batch_size: int = 256  # N, prompts a step (paper: 256)
     policy: str = ""  # the starting policy: a policy folder, or a run folder (its newest checkpoint)
     run_folder: str = "runs/run"  # where everything is written; a run that is there is continued
@@ -250,6 +309,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     positions: PositionConfig = field(default_factory=PositionConfig)
+    questions: QuestionConfig = field(default_factory=QuestionConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -265,7 +325,9 @@ class Config:
         """Raises InputError for settings that clash, before anything is compiled."""
         self.model.check()
         self.sample.check()
-        self.reward.check(self.update.advantage)
+        self.questions.check(self.positions.annotated or self.evaluate.annotated)
+        self.positions.check()
+        self.reward.check(self.update.advantage, self.positions.target)
         if self.sample.group_size < 2:
             raise InputError(
                 f"sample.group_size={self.sample.group_size}: GRPO compares the rollouts of a prompt with each "
@@ -275,70 +337,6 @@ class Config:
             raise InputError(
                 f"batch_size={self.batch_size}, update.microbatches={self.update.microbatches}: use 1 or more of each"
             )
+        if not self.flops >= 0:
+            raise InputError(f"flops={self.flops}: use a number of FLOPs, or 0 to end by steps alone")
         parts_of_groups(self.batch_size, self.sample.group_size, self.update.microbatches)
-
-
-def parts_of_groups(prompts: int, group: int, bins: int, what: str = "update.microbatches=") -> int:
-    """Into how many parts each group is split, so that prompts and their parts divide into `bins`; 1 if they do anyway.
-
-    what: `bins` in words, behind which the number is put. Raises InputError where no part of a group does it.
-    """
-    parts = bins // math.gcd(prompts, bins)
-    if group % parts:
-        raise InputError(
-            f"{prompts} prompts with groups of {group} do not divide into {what}{bins}: "
-            f"choose so that it divides {prompts * group}"
-        )
-    return parts
-
-
-def to_dict(config) -> dict:
-    """Plain nested dict of a config, fit for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls, values: dict, where: str = "config"):
-    """A config of class `cls` from nested plain values; raises InputError for an unknown key or a wrong type."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}={values!r}: expected the settings of {cls.__name__} by name")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InputError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(hints))}")
-    return cls(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-
-
-def _typed(hint, value, where: str):
-    """`value` as the type `hint` of a field: nested config, tuple, choice, or a plain bool, int, float or str."""
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}={value!r}: expected a list of {kind.__name__}")
-        return tuple(_typed(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise InputError(f"{where}={value!r}: choose from {', '.join(map(repr, typing.get_args(hint)))}")
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and type(value) is not hint:  # exact: a bool is no number here
-        raise InputError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
-    return value
-
-
-def save(config, path: Path) -> None:
-    """Writes a config as JSON."""
-    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def load(cls, path: Path):
-    """Reads what `save` wrote; raises InputError that names the file, and the line or the setting at fault."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"no config file {path}: name a folder or file that a run has written") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}): mend it or write the config anew") from error
-    return from_dict(cls, values, str(path))

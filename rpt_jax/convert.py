@@ -16,7 +16,7 @@ import jax
 from rpt_jax.config import ModelConfig
 from rpt_jax.corpus.tokenizer import load_tokenizer
 from rpt_jax.corpus.tokenizer_export import end_ids, export_tokenizer
-from rpt_jax.learning.checkpoints import load_policy, require_policy_folder, save_policy
+from rpt_jax.learning.policy_folder import load_policy, require_policy_folder, save_policy
 from rpt_jax.learning.run_folder import provenance
 from rpt_jax.policy.weights import load_weights, require_new_folder, save_weights, stored_dtype
 from rpt_jax.policy.weights_config import config_json, read_config

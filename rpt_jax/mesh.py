@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+HEARTBEAT_SECONDS = 30  # without a sign of life from a process, until the others end (JAX: 100)
 
 # Which mesh axes each logical axis of an array is split over. With this table the matrices of a layer are split over
 # `fsdp` along the width and gathered when used, and over `tensor` along heads, hidden width or vocabulary.
@@ -249,7 +250,7 @@ def start_distributed(config: MeshConfig) -> None:
         return
     # JAX would note SIGTERM in a handler of its own, and nobody would hear of it before the run's own stands.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**settings)
+    jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
 
 

@@ -13,7 +13,6 @@ import csv
 import itertools
 import os
 import random
-import re
 import shutil
 import signal
 import tempfile
@@ -21,12 +20,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import toy
 import toy_run
 
 from rpt_jax.learning import checkpoints, run_folder
 
-STREAMS = run_folder.STREAMS
-UNLIKE = re.compile("seconds|second$|programs_compiled")  # names of figures that tell of time
 COLUMNS = ("processes", "signal", "aimed_at", "phase", "step", "continued_from", "restarts", "same", "seconds")
 
 
@@ -43,8 +41,7 @@ def whole(folder: Path, processes: int) -> None:
 
 def rows(folder: Path) -> list[dict]:
     """All that the run wrote, without times."""
-    every = [row | {"stream": name} for name in STREAMS for row in run_folder.read_rows(folder / name)]
-    return [{name: value for name, value in row.items() if not UNLIKE.search(name)} for row in every]
+    return [row | {"stream": name} for name in run_folder.STREAMS for row in toy.rows_of(folder, name)]
 
 
 def same(folder: Path, other: Path) -> bool:
@@ -54,16 +51,21 @@ def same(folder: Path, other: Path) -> bool:
     return ours.files == theirs.files and equal and rows(folder) == rows(other)
 
 
-def strike(running, folder: Path, number: int, wanted: str, randomly: random.Random) -> str:
-    """Sends the signal once the run is in the wanted phase, in one of its later occurrences; says the phase it met."""
-    phase_file, left, before = Path(f"{folder}.phase0"), randomly.randint(1, 6), ""
+def wait_for(running, folder: Path, wanted: str, left: int) -> None:
+    """Until process 0 has come into the wanted phase so many times, or has ended."""
+    phase_file, before = Path(f"{folder}.phase0"), ""
     while left and running[0].poll() is None:
         phase = phase_file.read_text() if phase_file.exists() else ""
         left -= phase == wanted != before
         before = phase
         time.sleep(0.0005)
+
+
+def strike(running, folder: Path, number: int, wanted: str, randomly: random.Random) -> str:
+    """Sends the signal once the run is in the wanted phase, in one of its later occurrences; says the phase it met."""
+    wait_for(running, folder, wanted, randomly.randint(1, 6))
     time.sleep(randomly.random() * 0.02)
-    met = phase_file.read_text()
+    met = Path(f"{folder}.phase0").read_text()
     for process in running if number == signal.SIGKILL else [randomly.choice(running)]:
         process.send_signal(number)
     return met
@@ -98,11 +100,15 @@ def one_fault(folder: Path, alone: Path, processes: int, number: int, wanted: st
     }
 
 
-def strike_and_compare(folder: Path, processes: int, number: int, phase: str, seed: int) -> dict:
-    """The row of one run in `folder`, where the one left alone is made first, and what is compiled is kept."""
+def keep_compiled(folder: Path) -> None:
+    """Processes started from now on share what they compile."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def strike_and_compare(folder: Path, processes: int, number: int, phase: str, seed: int) -> dict:
+    """The row of one run in `folder`, where the one left alone is made first."""
     alone, struck = folder / f"alone_{processes}", folder / f"struck_{processes}_{number}_{phase}_{seed}"
     if not (alone / "state.npz").exists():
         whole(alone, processes)
@@ -134,6 +140,7 @@ def main():
             file.flush()
             print(row, flush=True)
 
+        keep_compiled(Path(folder))
         every = itertools.product(given.processes, range(given.kills), (signal.SIGKILL, signal.SIGTERM))
         for processes, index, number in every:
             phase = given.phases[index % len(given.phases)]

@@ -3,6 +3,7 @@
 That hosts which differ are named is shown in test_processes.py, with real ones.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -72,3 +73,40 @@ def test_nothing_happens_where_nobody_raises(of_two):
         done = True
     assert done
     agreement.in_first_process(fail)  # runs in process 0 alone
+
+
+class Ended(BaseException):
+    pass
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """os._exit raises instead."""
+
+    def leave(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(agreement.os, "_exit", leave)
+
+
+def test_a_lost_host_ends_this_process_with_a_message(of_two, ended, capsys):
+    of_two(1)
+    with pytest.raises(Ended, match="3"):
+        agreement.end_if_host_lost(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: closed by peer"))
+    said = capsys.readouterr().err
+    assert "process 1 of 2" in said and "closed by peer" in said and "newest checkpoint" in said
+
+
+@pytest.mark.parametrize(
+    ("processes", "error"),
+    [
+        (1, jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed")),
+        (2, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")),
+        (2, RuntimeError("UNKNOWN: of another kind")),
+    ],
+)
+def test_other_errors_stay_errors(of_two, ended, capsys, processes, error):
+    if processes == 2:
+        of_two(0)
+    agreement.end_if_host_lost(error)
+    assert not capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The quickstart's base: what it is trained on, and that the tokenizer gives every word one piece."""
 
 import dataclasses
+import hashlib
 import re
 
 import numpy as np
@@ -151,3 +152,22 @@ def test_short_traces_are_of_fewer_kinds(tokenizer, monkeypatch):
         next(mixture_batches(tokenizer, dataclasses.replace(TINY, traces=traces), Mixture(careful=1.0), 8, 3))
         assert kinds == set(expected)
     assert not {("permuted", 3), ("total", 4), ("total", 5)} & set(arithmetic.TRACED_SHORT)
+
+
+def test_without_a_cold_start_texts_are_plain(tokenizer):
+    """In all stages, which keep their shares and seeds: no prompt, no thought, no box."""
+    config = dataclasses.replace(TINY, traces="none", pretrain=dataclasses.replace(TINY.pretrain, steps=20))
+    ids = {tokenizer.id_of(piece) for piece in ("<predict>", "<think>", "</think>", "\\boxed{")}
+    batches = list(staged_batches(tokenizer, config, 5))
+    assert len(batches) == 20 and not any(ids & set(tokens_BT.ravel().tolist()) for tokens_BT, _ in batches)
+    assert all((weights_BT == (tokens_BT > 0)).all() for tokens_BT, weights_BT in batches)
+    assert base.traced(config) == {} and [share for share, _ in base.stages(config)] == [share for share, _ in STAGES]
+
+
+def test_what_recorded_bases_were_trained_on_has_not_moved(tokenizer):
+    """The shipped base and the recorded tables rest on these very batches."""
+    digest = hashlib.sha256()
+    for traces in ("default", "short"):
+        for tokens_BT, weights_BT in staged_batches(tokenizer, dataclasses.replace(TINY, traces=traces), 0):
+            digest.update(tokens_BT.astype("<i4").tobytes() + weights_BT.astype("<f4").tobytes())
+    assert digest.hexdigest()[:16] == "0b4aea213904eb4f"

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from rpt_jax import cli
-from rpt_jax.study import bench_compare, bench_step
+from rpt_jax.bench import compare as bench_compare
+from rpt_jax.bench import step as bench_step
 
 # Answers with its command line and PYTHONPATH beside the figures.
 PEER = """

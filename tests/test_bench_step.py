@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from rpt_jax import cli
+from rpt_jax.bench import step as bench_step
+from rpt_jax.bench import stopwatch
+from rpt_jax.bench.step import StepBench, measure_here
+from rpt_jax.bench.workload import WORKLOADS, Workload, draw_data, draw_params
 from rpt_jax.policy import flops
-from rpt_jax.study import bench_step, stopwatch
-from rpt_jax.study.bench_step import StepBench, measure_here
-from rpt_jax.study.bench_workload import WORKLOADS, Workload, draw_data, draw_params
 
 SMALL = {"vocabulary": 64, "prompt": 8, "prompts": 2, "group": 2, "tokens": 4, "width": 16, "layers": 2, "heads": 2}
 SMALL |= {"kv_heads": 1, "head_channels": 8, "hidden": 24}

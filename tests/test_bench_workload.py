@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from rpt_jax.bench.workload import WORKLOADS, Workload, draw_data
 from rpt_jax.records import InputError
-from rpt_jax.study.bench_workload import WORKLOADS, Workload, draw_data
 
 SIZES = {"vocabulary": 64, "prompt": 9, "prompts": 6, "group": 2, "tokens": 4}
 

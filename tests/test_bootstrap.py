@@ -5,8 +5,8 @@ its interval says so. The measured coverage of larger settings is in the docstri
 import numpy as np
 import pytest
 
-from rpt_jax.study import bootstrap, power_law
-from rpt_jax.study.power_law import Cells
+from rpt_jax.scaling import bootstrap, power_law
+from rpt_jax.scaling.power_law import Cells
 
 
 def grid(budgets, seeds, positions):

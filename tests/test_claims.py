@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from rpt_jax.study import claims
+from rpt_jax.scaling import claims
 
 
 def test_one_of_many_gets_it(tmp_path):
@@ -46,7 +46,7 @@ def test_names_that_begin_alike_are_apart(tmp_path):
 
 def test_that_of_a_dead_process_here_is_free_at_once(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from rpt_jax.study import claims; claims.take(Path(sys.argv[1]), 'a');"
+        "import sys; from pathlib import Path; from rpt_jax.scaling import claims; claims.take(Path(sys.argv[1]), 'a');"
         "print('taken', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -91,7 +91,7 @@ def test_a_claim_that_is_kept_does_not_age(tmp_path):
 KEEPER = """
 import sys, time
 from pathlib import Path
-from rpt_jax.study import claims
+from rpt_jax.scaling import claims
 with claims.kept(claims.Claim(Path(sys.argv[1]), "a", 0), beat=0.02):
     print("kept", flush=True)
     try:

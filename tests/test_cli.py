@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from rpt_jax import cli, commands
-from rpt_jax.learning.checkpoints import save_policy
+from rpt_jax.learning.policy_folder import save_policy
 
 
 def run(capsys, *words):
@@ -28,6 +28,8 @@ def test_the_overview_is_one_screen_in_order(capsys):
         "annotate",
         "train",
         "evaluate",
+        "choices",
+        "harness",
         "sweep",
         "fit",
         "sample",

@@ -14,7 +14,7 @@ from rpt_jax.commands import AnnotateRun, EvaluateRun, PretrainRun
 from rpt_jax.config import Config, CorpusConfig, EvaluateConfig, MeshConfig, PositionConfig, PretrainConfig
 from rpt_jax.corpus.documents import open_corpus
 from rpt_jax.learning import run_folder
-from rpt_jax.learning.checkpoints import save_policy
+from rpt_jax.learning.policy_folder import save_policy
 from rpt_jax.records import InputError
 
 

@@ -16,7 +16,7 @@ from test_weights import decoder_shapes
 from test_weights_golden import GOLDEN, tensors_of
 
 from rpt_jax import cli
-from rpt_jax.learning.checkpoints import load_policy, save_policy
+from rpt_jax.learning.policy_folder import load_policy, save_policy
 
 CONFIG = json.loads((GOLDEN / "qwen2_tied" / "config.json").read_text())
 

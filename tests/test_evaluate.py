@@ -13,7 +13,8 @@ import pytest
 
 from rpt_jax.config import EvaluateConfig, MeshConfig, ModelConfig, PositionConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.positions import Position, Positions, open_annotated
-from rpt_jax.corpus.prompts import Template, parse_answer
+from rpt_jax.corpus.prompts import parse_answer
+from rpt_jax.corpus.templates import Template
 from rpt_jax.mesh import make_mesh, place, replicated
 from rpt_jax.policy import decoder, proxy, sampler
 from rpt_jax.records import InputError, Rollouts

@@ -30,3 +30,6 @@ def test_experiment_without_a_config_is_refused(tmp_path, body):
         load_experiment(str(path))
     with pytest.raises(InputError, match=r"no experiment file .*absent\.py"):
         load_experiment(str(tmp_path / "absent.py"))
+    (tmp_path / "table.csv").write_text("a,b\n")
+    with pytest.raises(InputError, match=r"table\.csv does not end in \.py"):
+        load_experiment(str(tmp_path / "table.csv"))

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 import toy
+from toy import Stop, rows_of, stop_at
 
 from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, RewardConfig
 from rpt_jax.corpus.positions import Positions
-from rpt_jax.learning import checkpoints, run_folder, train
+from rpt_jax.learning import checkpoints, train
 from rpt_jax.mesh import make_mesh
 from rpt_jax.policy.scorer import score_tokens
 from rpt_jax.records import InputError
 
 STEPS, DECAY = 8, 0.75
-TIMES = ("seconds", "tokens_per_second", "programs_compiled")
 
 
 def settings(folder, steps=STEPS, advantage="leave_one_out", **options):
@@ -55,27 +55,10 @@ def evaluate(params, step):
     return {"weight": float(np.asarray(params["head"], np.float64).sum())}
 
 
-def rows_of(folder, name="metrics.jsonl"):
-    rows = run_folder.read_rows(Path(folder) / name)
-    return [{k: v for k, v in row.items() if not k.startswith("seconds") and not k.endswith(TIMES)} for row in rows]
-
-
 @functools.cache
 def finished():
     folder = Path(tempfile.mkdtemp()) / "run"
     return folder, run(settings(folder))
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    def report(row):
-        if row["step"] == step:
-            raise Stop
-
-    return report
 
 
 def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path):

@@ -13,7 +13,7 @@ from test_weights_golden import our_greedy, our_logits, relative, tensors_of
 
 from rpt_jax import cli
 from rpt_jax.corpus.tokenizer import load_tokenizer
-from rpt_jax.learning.checkpoints import load_policy, save_policy
+from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.policy import weights
 from rpt_jax.policy.weights_config import read_config
 

@@ -9,7 +9,7 @@ import pytest
 
 from rpt_jax import cli
 from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
-from rpt_jax.study import plan, plan_search
+from rpt_jax.planning import plan, search
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 SMALL = plan.PlanRun(
@@ -60,7 +60,8 @@ def test_a_small_model_is_planned(tmp_path, capsys):
     """Every phase compiles, with more devices than kv heads; the parts of the memory add up."""
     experiment = tmp_path / "small.py"
     experiment.write_text(
-        "from rpt_jax.config import *\n\n\ndef config():\n    return from_dict(Config, "
+        "from rpt_jax.config import *\nfrom rpt_jax.config_dict import from_dict\n\n\n"
+        "def config():\n    return from_dict(Config, "
         + repr(
             {name: dataclasses.asdict(getattr(SMALL, name)) for name in ("model", "mesh", "prompt", "sample", "update")}
         )
@@ -87,19 +88,37 @@ def test_decode_copies_neither_cache_nor_weights(config, topology, tensor, slots
     """Temporaries are below a tenth of the cache; also with one kv head a chip, slots that were refilled, and a hidden
     width of a chip that does not fill its lanes (13,824 / 8)."""
     from rpt_jax.mesh import make_mesh
-    from rpt_jax.study import plan_phases
+    from rpt_jax.planning import phases
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=tensor), plan._devices(topology))
     sample = dataclasses.replace(config.sample, slots=slots)
-    job = plan_phases.Job(config.model, config.batch_size, config.prompt, sample, config.update, mesh)
-    memory = plan_phases.phases(job)["decode"]()
+    job = phases.Job(config.model, config.batch_size, config.prompt, sample, config.update, mesh)
+    memory = phases.phases(job)["decode"]()
     assert memory.cache > 800 << 20
     assert memory.temporaries + memory.outputs < 0.1 * memory.cache
 
 
+@LIBTPU
+def test_the_text_of_an_update_is_planned():
+    """8 windows of 130 tokens on two chips: so many more bytes of arguments, in whole tiles; it compiles."""
+    from rpt_jax.mesh import make_mesh
+    from rpt_jax.planning import phases
+
+    mesh = make_mesh(SMALL.mesh, plan._devices(SMALL.topology))
+    memory = {}
+    for share in (0.0, 0.25):
+        update = dataclasses.replace(
+            SMALL.update, next_token_share=share, next_token_sequences=8, next_token_length=130
+        )
+        job = phases.Job(SMALL.model, SMALL.batch_size, SMALL.prompt, SMALL.sample, update, mesh)
+        memory[share] = phases.phases(job)["update"]()
+    assert 8 // 2 * 130 * 4 <= memory[0.25].arguments - memory[0.0].arguments <= 2 * 8 * 256 * 4
+    assert memory[0.25].outputs >= memory[0.0].outputs
+
+
 def test_meshes_are_tried_from_the_fastest_until_one_fits(monkeypatch, capsys):
     """Of 4 chips: heads allow tensor 1 and 2."""
-    found = plan_search.candidates(SMALL, 4)
+    found = search.candidates(SMALL, 4)
     tried, rows = [], {"total_gib": 1.0, "argument_gib": 1.0, "temp_gib": 0.0, "cache_gib": 0.0}
 
     def planned(config, measure, whole):
@@ -113,7 +132,7 @@ def test_meshes_are_tried_from_the_fastest_until_one_fits(monkeypatch, capsys):
     assert plan.plan(dataclasses.replace(SMALL, choose_mesh=True))["fits"]
     assert tried == [(found[0], False), (found[1], True)]
     tried.clear()
-    found = plan_search.candidates(plan.PlanRun(topology="v5e:2x2"), 4)
+    found = search.candidates(plan.PlanRun(topology="v5e:2x2"), 4)
     assert cli.main(["plan", "--topology", "v5e:2x2", "--mesh", "auto", "--json"]) == 0
     assert [mesh for mesh, _ in tried] == found[:2] and json.loads(capsys.readouterr().out.splitlines()[-1])["fits"]
 
@@ -121,20 +140,20 @@ def test_meshes_are_tried_from_the_fastest_until_one_fits(monkeypatch, capsys):
 @LIBTPU
 def test_what_does_not_fit_comes_with_flags_that_do(monkeypatch):
     """Sampling that takes 1 GiB a slot of a unit, 15.2 GiB to be had: the flags, given to the command, make it fit."""
-    from rpt_jax.study import plan_phases
+    from rpt_jax.planning import phases
 
     compiled = []
 
-    def phases(job):
+    def grown(job):
         def of(name, gib):
             compiled.append(name)
-            return plan_phases.Memory(gib << 30, 0, 0, 0)
+            return phases.Memory(gib << 30, 0, 0, 0)
 
-        slots = plan_phases.seats(job)[0]
+        slots = phases.seats(job)[0]
         sizes = {"prefill": 3, "decode": slots // 2, "refill": slots // 2, "grow": slots, "shrink": slots, "update": 9}
         return {name: functools.partial(of, name, size) for name, size in sizes.items()}
 
-    monkeypatch.setattr(plan_phases, "phases", phases)
+    monkeypatch.setattr(phases, "phases", grown)
     asked = dataclasses.replace(SMALL, batch_size=16, sample=dataclasses.replace(SMALL.sample, slots=64))
     figures = plan.plan(asked)
     assert not figures["fits"] and figures["phases"]["grow"]["total_gib"] == 32
@@ -148,11 +167,11 @@ def test_what_does_not_fit_comes_with_flags_that_do(monkeypatch):
 @LIBTPU
 def test_what_shapes_rule_out_is_not_compiled(monkeypatch):
     """14.8 billion parameters with two float32 moments: 41 GiB on each of four chips."""
-    from rpt_jax.study import plan_phases
+    from rpt_jax.planning import phases
 
-    compiled, huge = [], plan_phases.Memory(1 << 50, 0, 0, 0)
+    compiled, huge = [], phases.Memory(1 << 50, 0, 0, 0)
     monkeypatch.setattr(
-        plan_phases, "phases", lambda job: {"prefill": lambda: compiled.append(dict(job.mesh.shape)) or huge}
+        phases, "phases", lambda job: {"prefill": lambda: compiled.append(dict(job.mesh.shape)) or huge}
     )
     monkeypatch.setattr(plan, "MOST", 1)
     figures = plan.plan(dataclasses.replace(QWEN_14B, topology="v5e:2x2"))

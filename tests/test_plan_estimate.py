@@ -1,4 +1,4 @@
-"""plan_estimate.py: FLOPs, bytes and seconds of a step against numbers by hand."""
+"""estimate.py: FLOPs, bytes and seconds of a step against numbers by hand."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ import re
 import pytest
 
 from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
-from rpt_jax.study import plan_estimate as estimate
+from rpt_jax.planning import estimate
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
@@ -32,6 +32,9 @@ def test_flops_and_seconds_by_hand():
     assert estimate.model_flops(config, "prefill") == prefill
     assert estimate.model_flops(config, "decode") == decode
     assert estimate.model_flops(config, "update") == 3 * (prefill + decode)
+    mixed = dataclasses.replace(config, update=UpdateConfig(next_token_share=0.1, next_token_length=6))
+    text = 4 * 2 * (6 * (480 + 8 * 3) + 6 * 8 * 10)  # as many windows as prompts, each token sees three keys
+    assert estimate.model_flops(mixed, "update") == 3 * (prefill + decode + text)
     gathered = (480 + 2 * 80) * 4 / 2 / 2  # layers, head and embedding
     assert estimate.collective_bytes(config, "prefill") == gathered + 4 * 2 * (3 * 8 * 4 * 2 / 2 / 2)
     weights = 480 + 80  # of the embedding a few rows
@@ -79,7 +82,7 @@ def test_collective_bytes_are_those_of_compiled_programs(monkeypatch):
     """Of four layers in four microbatches on v5e:2x2, counted in libtpu's programs: within 10 %."""
     import jax
 
-    from rpt_jax.study import plan, plan_phases
+    from rpt_jax.planning import phases, plan
 
     shape = {"vocab_size": 1024, "width": 512, "layers": 4, "heads": 2, "kv_heads": 2, "head_channels": 128}
     config = estimate.PlanRun(
@@ -97,10 +100,10 @@ def test_collective_bytes_are_those_of_compiled_programs(monkeypatch):
         with jax.set_mesh(job.mesh):
             texts.append(lower(*arguments).compile().as_text())
 
-    monkeypatch.setattr(plan_phases, "_compiled", compiled)
+    monkeypatch.setattr(phases, "_compiled", compiled)
     with plan._without_cache():
         for phase in ("prefill", "decode", "update"):
-            plan_phases.phases(plan._job(config))[phase]()
+            phases.phases(plan._job(config))[phase]()
     layers = {"Decoder/while/body": 4}
     gathered = estimate.collective_bytes(config, "prefill") - sent(texts.popleft(), layers)
     weights = 4 * (512 * 128 * 8 + 3 * 512 * 1024) + 2 * 1024 * 512  # gathered before prefill, by a program of its own

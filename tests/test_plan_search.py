@@ -1,13 +1,13 @@
-"""plan_search.py: which settings are tried, in which order, and what is said to get there."""
+"""search.py: which settings are tried, in which order, and what is said to get there."""
 
 import dataclasses
 
 import pytest
 
 from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
+from rpt_jax.planning import search
+from rpt_jax.planning.estimate import PlanRun
 from rpt_jax.records import InputError
-from rpt_jax.study import plan_search
-from rpt_jax.study.plan_estimate import PlanRun
 
 START = PlanRun(
     topology="v5e:2x2",
@@ -18,7 +18,7 @@ START = PlanRun(
     sample=SampleConfig(group_size=4, max_tokens=256, slots=32),
     update=UpdateConfig(microbatches=2),
 )
-PHASES = [phase for phases in plan_search.GROUPS for phase in phases]
+PHASES = [phase for phases in search.GROUPS for phase in phases]
 
 
 def found(failed, fits, may_fit=lambda config: True):
@@ -26,11 +26,11 @@ def found(failed, fits, may_fit=lambda config: True):
     asked = []
 
     def watched(config, phase):
-        asked.append((" ".join(plan_search.overrides(START, config)), phase))
+        asked.append((" ".join(search.overrides(START, config)), phase))
         return fits(config, phase)
 
-    nearest = plan_search.nearest(START, failed, watched, may_fit)
-    return nearest and " ".join(plan_search.overrides(START, nearest)), asked
+    nearest = search.nearest(START, failed, watched, may_fit)
+    return nearest and " ".join(search.overrides(START, nearest)), asked
 
 
 def test_slots_are_halved_until_all_of_sampling_fits():
@@ -57,11 +57,11 @@ def test_update_and_sampling_are_searched_apart_and_said_together():
 
 
 def test_no_more_parts_than_responses_and_no_fewer_slots_than_a_group_a_unit():
-    microbatches = [trial.update.microbatches for trial in plan_search.smaller_updates(START)]
+    microbatches = [trial.update.microbatches for trial in search.smaller_updates(START)]
     assert microbatches == [2, 2, 4, 8, 16]  # 8 prompts * 4 responses on 2 units
-    assert [trial.sample.slots for trial in plan_search.fewer_slots(START)] == [32, 16, 8]
+    assert [trial.sample.slots for trial in search.fewer_slots(START)] == [32, 16, 8]
     everything = dataclasses.replace(START, sample=dataclasses.replace(START.sample, slots=0))
-    assert [trial.sample.slots for trial in plan_search.fewer_slots(everything)] == [0, 16, 8]
+    assert [trial.sample.slots for trial in search.fewer_slots(everything)] == [0, 16, 8]
 
 
 def test_then_other_meshes_then_larger_slices():
@@ -85,12 +85,12 @@ def test_none_is_said_where_nothing_fits():
 
 def _too_many_chips() -> set[str]:
     """Slices over which the 8 prompts and 2 heads do not divide."""
-    return {f"v5e:{size}" for size in plan_search.FLAT if plan_search.chips_of(f"v5e:{size}") > 8 * 2}
+    return {f"v5e:{size}" for size in search.FLAT if search.chips_of(f"v5e:{size}") > 8 * 2}
 
 
 def test_candidates_divide_and_come_from_the_fastest():
     """Of 4 chips heads allow tensor 1 and 2."""
-    assert sorted(mesh.tensor for mesh in plan_search.candidates(START, 4)) == [1, 2]
+    assert sorted(mesh.tensor for mesh in search.candidates(START, 4)) == [1, 2]
     odd = dataclasses.replace(START, batch_size=3, model=dataclasses.replace(START.model, heads=3))
     with pytest.raises(InputError, match="no split of 4 chips divides batch_size=3"):
-        plan_search.candidates(odd, 4)
+        search.candidates(odd, 4)

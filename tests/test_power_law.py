@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from rpt_jax.study import power_law
-from rpt_jax.study.power_law import Cells
+from rpt_jax.scaling import power_law
+from rpt_jax.scaling.power_law import Cells
 
 BUDGETS, SEEDS = 5, 3
 COMPUTE_N = np.repeat(np.geomspace(1e11, 4e12, BUDGETS), SEEDS)

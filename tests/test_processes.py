@@ -1,7 +1,9 @@
 """Claims: several processes make the run of one, to the bit where sums are of two; one continues what two began; hosts
 that differ are named; a run that was killed, or told to stop, ends as the one that was not."""
 
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import fault_campaign
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import toy_run
 
+from rpt_jax import agreement
 from rpt_jax.learning import run_folder
 from rpt_jax.mesh import make_mesh
 
@@ -54,17 +57,28 @@ def test_hosts_that_differ_are_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory) -> Path:
+def faults(tmp_path_factory) -> Iterator[Path]:
     """A folder for runs that share what is compiled, and the one that they are compared with."""
-    return tmp_path_factory.mktemp("faults")
+    before = os.environ.copy()
+    folder = tmp_path_factory.mktemp("faults")
+    fault_campaign.keep_compiled(folder)
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_host_that_dies_takes_the_other_with_it(faults):
+    """With words, and no wait for who is gone: JAX would abort after one. (It does where the coordinator dies.)"""
+    both = toy_run.start(faults / "two", devices=1, mesh=(2, 1, 1))
+    fault_campaign.wait_for(both, faults / "two", "UPDA", 1)
+    both[1].kill()
+    said = toy_run.finish(both)[0]
+    assert both[0].returncode == agreement.EXIT_LOST and "lost another one" in said and "newest checkpoint" in said
 
 
 @pytest.mark.parametrize(("number", "phase"), [(signal.SIGKILL, "SAVE"), (signal.SIGTERM, "SAMP")])
-def test_a_run_that_was_struck_ends_as_the_one_that_was_not(faults, number, phase, monkeypatch):
+def test_a_run_that_was_struck_ends_as_the_one_that_was_not(faults, number, phase):
     """The campaign in fault_campaign.py, with few faults."""
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        monkeypatch.setenv(name, "")  # what the campaign changes is put back
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     row = fault_campaign.strike_and_compare(faults, processes=2, number=number, phase=phase, seed=2)
     assert row["same"] and row["restarts"] == 1, row
     if number == signal.SIGTERM:

@@ -7,10 +7,12 @@ import math
 import pytest
 from rich.console import Console
 
+from rpt_jax.config import Config
 from rpt_jax.learning.progress import display
 
 ROW = {
     "step": 7,
+    "flops_spent": 2.5e8,
     "reward": 0.28125,
     "accuracy": 0.25,
     "format_rate": 0.75,
@@ -26,9 +28,9 @@ LINE = (
 )
 
 
-def shown(row, **options):
+def shown(row, flops=0.0, **options):
     console = Console(file=io.StringIO(), width=100, **options)
-    with display("run [x]", 5, 40, console=console) as show:
+    with display(Config(name="run [x]", steps=40, flops=flops), 5, 1e8, console=console) as show:
         show(row)
     return console.file.getvalue()
 
@@ -45,6 +47,12 @@ def test_a_terminal_gets_a_bar_and_a_table():
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_that_flops_end_says_how_many_are_spent(is_terminal):
+    output = shown(ROW, flops=1e9, force_terminal=is_terminal, color_system=None)
+    assert "7 (25% of 1e+09 FLOPs)" in output and "7/40" in shown(ROW, flops=1e12)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_loss_of_zero_is_explained(is_terminal):
     output = shown(ROW | {"zero_variance_share": 1.0}, force_terminal=is_terminal, color_system=None)
     assert "nothing was learnt" in " ".join(output.split()) and "nothing was learnt" not in shown(ROW)
@@ -56,6 +64,6 @@ def test_a_figure_that_is_not_finite_is_shown():
 
 def test_a_callback_takes_the_place_of_the_display():
     rows = []
-    with display("run", 0, 40, rows.append) as show:
+    with display(Config(steps=40), 0, 0.0, rows.append) as show:
         show(ROW)
     assert rows == [ROW]

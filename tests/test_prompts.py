@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.positions import Position
-from rpt_jax.corpus.prompts import CHATS, TEMPLATES, assemble, continuation, load_template, parse_answer, parse_answers
+from rpt_jax.corpus.prompts import assemble, parse_answer, parse_answers
+from rpt_jax.corpus.surroundings import continuation
+from rpt_jax.corpus.templates import CHATS, TEMPLATES, load_template
 from rpt_jax.corpus.tokenizer import load_tokenizer
 from rpt_jax.records import InputError
 
@@ -85,6 +87,25 @@ def test_a_long_context_loses_its_left_end_only():
     assert live(cut, 1) == (headed.before + "xy" + headed.after).encode()
 
 
+def test_a_span_is_left_out_and_a_segment_is_cut_off():
+    """Of "one two three" the "two ": behind the gap stands what follows it; the truth ends with it."""
+    config, positions = PromptConfig(max_tokens=2048, truth_bytes=6), [Position(3, 4, 1.75, 4)]
+    span, segment = load_template("span"), load_template("segment")
+    shown = prompts_of(config, positions, span), prompts_of(config, positions, segment)
+    assert live(shown[0], 0) == f"{span.before}one  [GAP] three{span.after}".encode()
+    assert live(shown[1], 0) == f"{segment.before}one {segment.after}".encode()
+    for prompts in shown:
+        assert (
+            bytes(prompts.truth_NX[0]) == b"two \0\0" and prompts.boundaries_NX[0].tolist() == [True] * 4 + [False] * 2
+        )
+    for template in (span, segment):
+        assert "sentence or line" in template.before + template.after and template.after.endswith("<think>\n")
+    with pytest.raises(InputError, match="has a gap and asks what is missing"):
+        prompts_of(config, POSITIONS, span)
+    with pytest.raises(InputError, match="template span: head and tail take"):
+        prompts_of(PromptConfig(max_tokens=40), positions, span)
+
+
 def test_no_room_for_context_names_both_numbers():
     with pytest.raises(InputError, match="template v0: head and tail take (\\d+) tokens and prompt.max_tokens=40 "):
         prompts_of(PromptConfig(template="v0", max_tokens=40))
@@ -129,6 +150,9 @@ def test_templates_open_the_thought_and_frame_the_context(name):
     if name == "bare":
         assert text == "<predict><think>"
         return
+    if name == "question":  # asks for an answer, not for a token
+        assert "step by step" in text and text.count("\\boxed{") == 1 and "token" not in text
+        return
     assert text.count("\\boxed{") >= 2 and "\\text{}" in text and "space" in text
     assert (template.before.endswith("```\n") or template.before.endswith("```text\n")) == (
         name in ("v1", "v2", "v5", "v6")
@@ -142,7 +166,7 @@ def test_templates_differ_as_the_paper_says():
     assert all("several different tokens" in text[name] for name in ("v3", "v6"))
     assert "\\boxed{.\n}" in text["v4"] and text["v4"].count("Next token:") == 3
     assert text["v6"].endswith("CONTEXT\n```\n<think>\n")  # the context comes last
-    assert len(set(text.values())) == len(TEMPLATES) == 8
+    assert len(set(text.values())) == len(TEMPLATES) == 9
 
 
 def test_chat_markers_go_around_everything_but_the_thought():

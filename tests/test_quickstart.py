@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from rpt_jax.config import PretrainConfig, to_dict
+from rpt_jax.config import PretrainConfig
+from rpt_jax.config_dict import to_dict
 from rpt_jax.corpus import arithmetic
 from rpt_jax.policy import flops
 from rpt_jax.records import InputError
 from rpt_jax.study import quickstart
 from rpt_jax.study.base import BaseConfig, train_tokenizer
-from rpt_jax.study.quickstart import QuickstartConfig, main, make_documents, new_folder, rpt_flops, spend
+from rpt_jax.study.quickstart import QuickstartConfig, main, make_documents, new_folder, rpt_flops
 
 TINY = QuickstartConfig(
     from_scratch=True,
@@ -66,22 +67,6 @@ def test_evaluation_texts_are_the_same_for_every_seed_and_never_trained_on():
     assert len({problem.text for problem in exam}) == len(exam)
     assert all(arithmetic.is_held_out(problem) for problem in exam)
     assert not any(arithmetic.is_held_out(problem) for problem in [*texts, *others])
-
-
-def test_controls_spend_the_flops_of_rpt(finished, monkeypatch):
-    """The control stops with the batch that crosses the budget, padding not counted."""
-    folder, _ = finished
-    policy = quickstart.load_policy(folder / "policy")
-    model = policy[0]
-    batch = np.zeros((4, 10), np.int32)
-    batch[:, :6] = 3
-    one = flops.pretraining(model, 4, 24)
-    seen = []
-    monkeypatch.setattr(
-        quickstart, "pretrain", lambda params, model, settings, batches, *a, **k: seen.append(settings.steps) or params
-    )
-    spend(TINY, policy, iter([(batch, batch)] * 10), 4.5 * one, 1e-3, "test", print)
-    assert seen == [5]
 
 
 def test_rpt_flops_count_all_sampling_and_the_updates(finished):

@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from rpt_jax import cli
-from rpt_jax.config import to_dict
+from rpt_jax.config_dict import to_dict
 from rpt_jax.records import InputError
 from rpt_jax.study import report
 from rpt_jax.study.report import ReportConfig, write_report

@@ -1,6 +1,7 @@
 """Claims: the vectorised reward is Eq. 3 byte for byte, whatever the tokenizer does to bytes, spaces and braces; the
 others are what their formulas say."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -11,19 +12,26 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import PromptConfig, RewardConfig
 from rpt_jax.corpus.positions import Position
-from rpt_jax.corpus.prompts import Template, assemble, continuation, load_template, parse_answer, parse_answers
+from rpt_jax.corpus.prompts import assemble, parse_answer, parse_answers
+from rpt_jax.corpus.surroundings import continuation
+from rpt_jax.corpus.templates import Template, load_template
 from rpt_jax.corpus.tokenizer import load_tokenizer
 from rpt_jax.learning.advantages import group_advantages
+from rpt_jax.learning.judge import CRASHED, RIGHT, TIMED_OUT, WRONG
 from rpt_jax.learning.rewards import (
     Outcomes,
     answer_logprobs,
     conditional_dense,
     dense,
+    exact,
     first_token,
     information_gain,
     pack_predictions,
     prefix_matching,
     reward,
+    right,
+    truths,
+    verified,
 )
 from rpt_jax.records import InputError, Prompts
 
@@ -258,6 +266,40 @@ def test_first_token_by_hand():
     assert rewards_NG.dtype == np.float32 and rewards_NG.tolist() == [[1] * 6] + [[0] * 6] * 5
 
 
+def test_exact_by_hand():
+    """Of next tokens the first one as it stands; of a segment all of it, white space around it aside."""
+    predictions = [[b" the", b"the", b" the ", b" the cat.", b" th", b"", None]] * 2 + [
+        [b"", None, b" ", b"\0"] + [b"x"] * 3
+    ]
+    prompts = prompts_from([THE_CAT, [b"", b" "], [b""]], width=12)
+    rewards_NG = exact(Outcomes(predictions, prompts))
+    assert rewards_NG.dtype == np.float32 and rewards_NG.tolist() == [[1] + [0] * 6, [0] * 7, [0] * 7]
+    assert exact(Outcomes([[b" ", b""]], prompts_from([[b"", b" "]], width=12))).tolist() == [[1, 0]]
+    predictions = [[b" the cat.", b"the cat.", b"\tthe cat. \n", b" the", b" the  cat.", b" the cat", None]]
+    whole = Outcomes(predictions, prompts_from([THE_CAT], width=12), whole=True)
+    assert exact(whole).tolist() == [[1, 1, 1, 0, 0, 0, 0]] == right(whole).tolist()
+    assert prefix_matching(predictions, whole.prompts).tolist() == [[1, 0, 0, 1, 0, 1, 0]]
+    assert right(dataclasses.replace(whole, whole=False)).tolist() == [[1, 0, 0, 1, 0, 1, 0]]
+    assert not exact(Outcomes([[b" ", b""]], prompts_from([[b" ", b"\n"]], width=12), whole=True)).any()
+
+
+@given(st.lists(st.tuples(PIECES, ANSWERS), min_size=1, max_size=4))
+def test_laws_of_exact(cases):
+    """Against definitions walked token by token; what is exact is right by prefix matching, but for white space."""
+    pieces_N, answers_N = zip(*cases, strict=True)
+    prompts = prompts_from(pieces_N, 40)
+    assert truths(prompts) == [b"".join(pieces) for pieces in pieces_N]
+    first_NG, whole_NG = exact(Outcomes(answers_N, prompts)), exact(Outcomes(answers_N, prompts, whole=True))
+    prefix_NG = prefix_matching(answers_N, prompts)
+    for n, (pieces, answers) in enumerate(cases):
+        first = next((piece for piece in pieces if piece), None)
+        assert first_NG[n].tolist() == [bool(answer) and answer == first for answer in answers]
+        text = b"".join(pieces).strip()
+        assert whole_NG[n].tolist() == [bool(text) and (answer or b"").strip() == text for answer in answers]
+        bare = [answer == b"".join(pieces) for answer in answers]
+        assert (prefix_NG[n] >= first_NG[n]).all() and (prefix_NG[n][bare] >= whole_NG[n][bare]).all()
+
+
 def test_dense_by_hand():
     """1 for a right prediction, p of its first token for a wrong one, also where that token is right; 0 without."""
     predictions = [[b" the", b" a", b" the dog", b"", None], [b" an", b" th", b"x", None, None]]
@@ -281,6 +323,11 @@ def test_the_config_chooses_the_reward():
         "dense": [[1, 0.75, 0.25, 0], [0.5, 0.75, 0.25, 0]],
         "conditional_dense": [[1, 0.75, 0.25, 0], [0, 0, 0, 0]],
     }
+    several = Outcomes([[b" the c", b" the"]], prompts_from([THE_CAT], width=12))
+    assert reward(RewardConfig("exact"), several).tolist() == [[0, 1]]
+    assert reward(
+        RewardConfig("exact"), dataclasses.replace(several, predictions=[[b"the cat.", b" the"]], whole=True)
+    ).tolist() == [[1, 0]]
 
 
 @given(st.lists(st.tuples(PIECES, ANSWERS), min_size=1, max_size=4), st.permutations(range(4)), st.integers(0, 99))
@@ -342,6 +389,19 @@ def test_laws_of_information_gain(cases):
         np.testing.assert_allclose(paid[0][n], [each - minus for each in after_G], atol=1e-5)
     moved = [np.asarray(group_advantages(each, "leave_one_out", 0.0)) for each in paid[1:]]
     np.testing.assert_allclose(*moved, atol=1e-4)
+
+
+def test_questions_are_paid_by_the_verdict_and_nothing_else():
+    """The first answer is the truth byte for byte and the judge says no; the third is other bytes and it says yes."""
+    prompts = prompts_from([[b"0", b".5"]], width=4)
+    codes_NG = np.array([[WRONG, TIMED_OUT, RIGHT, CRASHED, WRONG]], np.int8)
+    outcomes = Outcomes([[b"0.5", b"0.5", b"1/2", b"0", None]], prompts, verdicts_NG=codes_NG)
+    np.testing.assert_array_equal(verified(outcomes), [[0, 0, 1, 0, 0]])
+    assert reward(RewardConfig("verified"), outcomes).dtype == np.float32
+    np.testing.assert_array_equal(reward(RewardConfig("verified"), outcomes), verified(outcomes))
+    np.testing.assert_array_equal(right(outcomes), [[False, False, True, False, False]])
+    of_text = Outcomes(outcomes.predictions, prompts)
+    np.testing.assert_array_equal(right(of_text), [[True, True, False, True, False]])  # prefix matching
 
 
 CONTENTS = [b"", b"hm ", b"</think>", b"</thi", b"nk>", b"\\boxed{", b"\\box", b"ed{4", b"4", b"2}", b"}", b"<end>"]

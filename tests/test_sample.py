@@ -3,6 +3,7 @@ are those of the tokens they are said of; a terminal is safe from what a policy 
 
 import io
 import json
+import logging
 import os
 import pty
 import subprocess
@@ -16,9 +17,10 @@ import toy
 from rpt_jax import cli
 from rpt_jax.config import MeshConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.positions import Position
-from rpt_jax.corpus.prompts import assemble, load_template
+from rpt_jax.corpus.prompts import assemble
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.learning import run_folder
-from rpt_jax.learning.checkpoints import save_policy
+from rpt_jax.learning.policy_folder import save_policy
 from rpt_jax.records import InputError
 from rpt_jax.study import sample
 
@@ -76,6 +78,7 @@ def test_the_same_question_has_the_same_answer(capsys, monkeypatch, policy):
 
 def test_the_prompt_is_that_of_training(policy, caplog):
     """Ids of a document that goes on behind the text; where the text is too long its left end is lost, and said."""
+    caplog.set_level(logging.INFO)
     settings = sample.SampleRun(
         str(policy), prompt=PromptConfig("bare", max_tokens=6), sample=SampleConfig(max_tokens=8)
     )

@@ -248,3 +248,24 @@ def test_a_layout_of_its_own_changes_no_rollout(monkeypatch):
         again = decoder.gathered(copy, MODEL)
         assert all(a is b for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(again), strict=True))
     assert_same(sample(params=copy), rollouts())
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+def test_a_stop_ends_a_rollout_and_changes_no_other(slots):
+    """At the end of the call in which it came; what was drawn until then is what is drawn without it."""
+    whole, token, ended = rollouts(), 7, 0
+    sampling = replace(SAMPLING, slots=slots, tokens_per_call=3)
+    made = sampler.sample(
+        policy(), MODEL, sampling, prompts(), jax.random.key(0), END_IDS, stop=lambda tokens_R: token in tokens_R
+    )
+    for n, g in np.ndindex(*whole.lengths_NG.shape):
+        tokens_R, length = whole.tokens_NGR[n, g, : whole.lengths_NG[n, g]], made.lengths_NG[n, g]
+        found = np.flatnonzero(tokens_R == token)
+        np.testing.assert_array_equal(made.tokens_NGR[n, g, :length], tokens_R[:length])
+        assert not made.tokens_NGR[n, g, length:].any()
+        if len(found):
+            assert found[0] < length <= min(found[0] + 3, len(tokens_R)) and made.finished_NG[n, g]
+            ended += length < len(tokens_R)
+        else:
+            assert length == len(tokens_R) and made.finished_NG[n, g] == whole.finished_NG[n, g]
+    assert ended >= 2

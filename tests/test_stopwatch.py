@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rpt_jax.study import stopwatch
+from rpt_jax.bench import stopwatch
 
 
 def test_the_first_calls_stand_apart(monkeypatch):

@@ -17,13 +17,13 @@ import pytest
 
 from rpt_jax import cli
 from rpt_jax.records import InputError
-from rpt_jax.study import claims, sweep, sweep_cell, sweep_xpk
-from rpt_jax.study.sweep import SweepSettings
+from rpt_jax.scaling import claims, sweep, sweep_cell, sweep_xpk
+from rpt_jax.scaling.sweep import SweepSettings
 
 EXPERIMENT = """
 from dataclasses import replace
 from rpt_jax.config import Config
-from rpt_jax.study.sweep_cell import Cell
+from rpt_jax.scaling.sweep_cell import Cell
 
 STEPS, FAILS = (2, 4), ()
 
@@ -56,10 +56,11 @@ def stand_in(monkeypatch):
     """Processes append their name to FOLDER/ran and leave a result, or do what `codes` says for their name."""
     codes = {}
     make = (
-        "import json, sys; from pathlib import Path; folder, kind, name, row = sys.argv[1:5]\n"
+        "import json, os, sys; from pathlib import Path; folder, kind, name, row = sys.argv[1:5]\n"
         "with (Path(folder) / 'ran').open('a') as file: file.write(name + '\\n')\n"
         "{extra}\n"
-        "(Path(folder) / kind / (name + '.json')).write_text(row)\n"
+        "result = Path(folder) / kind / (name + '.json'); result.with_suffix('.new').write_text(row)\n"
+        "os.replace(result.with_suffix('.new'), result)\n"  # whole or not at all: others look for it all the time
     )
 
     def command(state, kind, claim, cores):

@@ -17,12 +17,13 @@ import toy
 
 from rpt_jax import commands
 from rpt_jax.config import Config, EvaluateConfig, MeshConfig, PositionConfig, SampleConfig
-from rpt_jax.learning import train
+from rpt_jax.experiment_file import load_module
+from rpt_jax.learning.inputs import Inputs
 from rpt_jax.mesh import make_mesh
-from rpt_jax.study import claims, sweep, sweep_cell
+from rpt_jax.scaling import claims, sweep, sweep_cell
+from rpt_jax.scaling.sweep import SweepSettings
+from rpt_jax.scaling.sweep_cell import Cell
 from rpt_jax.study.evaluate import choose_positions
-from rpt_jax.study.sweep import SweepSettings
-from rpt_jax.study.sweep_cell import Cell
 
 EXPERIMENT = f"""
 import sys
@@ -31,8 +32,8 @@ from dataclasses import replace
 from pathlib import Path
 import toy
 from rpt_jax.config import CheckpointConfig, EvaluateConfig, PositionConfig
-from rpt_jax.learning.checkpoints import save_policy
-from rpt_jax.study.sweep_cell import Cell
+from rpt_jax.learning.policy_folder import save_policy
+from rpt_jax.scaling.sweep_cell import Cell
 
 def cells(folder):
     base = Path(folder) / "stages" / "base"
@@ -102,7 +103,7 @@ def test_a_cell_broken_off_goes_on_where_it_was(experiment, tmp_path):
     assert 3 <= made < 12 and not Path(settings.results).exists()
     assert sweep.sweep(str(experiment), settings)["done"] == 1
     log = run.with_name("toy-12.log").read_text()
-    assert f"after {made} of 12 updates" in log and f"continuing {run} after {made} updates" in log
+    assert f"saved after update {made}/12" in log and f"continuing {run} after {made} updates" in log
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     spent = sum(row["flops_update"] for row in rows)
@@ -138,9 +139,7 @@ def test_cells_of_all_seeds_are_evaluated_on_one_choice_of_positions(tmp_path, m
         held_out = EvaluateConfig(annotated=str(tmp_path / "annotated"), positions=5, batch_size=8)
         config = toy.config(tmp_path / "run", seed=seed, evaluate=held_out)
         policy = (toy.model(), None, toy.tokenizer())
-        inputs = train.Inputs(
-            config, policy, annotated=None, positions=None, template=None, mesh=make_mesh(MeshConfig())
-        )
+        inputs = Inputs(config, policy, annotated=None, positions=None, template=None, mesh=make_mesh(MeshConfig()))
         sweep_cell.held_out_evaluation(inputs)(None, 0)
     assert len(chosen[0]) and chosen[0].documents.tolist() == chosen[1].documents.tolist()
 
@@ -152,6 +151,14 @@ def test_settings_are_told_apart_and_places_are_not():
         assert sweep_cell.fingerprint(dataclasses.replace(config, **same)) == one
     for other in ({"steps": 7}, {"sample": SampleConfig(top_k=3)}, {"positions": PositionConfig(threshold=1.0)}):
         assert sweep_cell.fingerprint(dataclasses.replace(config, **other)) != one
+
+
+def test_rows_of_before_a_setting_was_there_still_count():
+    """The digits that the table of scaling_tiny.py was begun with; a budget is told apart."""
+    experiment = Path(__file__).parent.parent / "experiments" / "scaling_tiny.py"
+    cell = load_module(str(experiment)).cell(Path("x"), "64x4", 0, 12)
+    assert sweep_cell.fingerprint(cell.config) == "d9149313"
+    assert sweep_cell.fingerprint(dataclasses.replace(cell.config, flops=1e9)) != "d9149313"
 
 
 def test_a_stage_begins_in_an_empty_folder(tmp_path):
@@ -181,7 +188,7 @@ def test_a_process_runs_on_its_cores(tmp_path):
     words = [str(path), str(tmp_path), "cells", "none", "--claim", "0", "--cores", str(core)]
     claims.take(tmp_path / "claims" / "cells", "none")
     code = (
-        "import os; from rpt_jax.study import sweep_cell as s\n"
+        "import os; from rpt_jax.scaling import sweep_cell as s\n"
         f"s.load_sweep = lambda *_: print(os.sched_getaffinity(0)) or 1 / 0\ns.main({words!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,8 +6,8 @@ import pytest
 
 from rpt_jax.config import Config
 from rpt_jax.records import InputError
-from rpt_jax.study.sweep_cell import Cell
-from rpt_jax.study.sweep_xpk import Xpk, commands
+from rpt_jax.scaling.sweep_cell import Cell
+from rpt_jax.scaling.sweep_xpk import Xpk, commands
 
 XPK = Xpk("pod", "v5litepod-16", 2, image="eu/rpt", zone="z")
 

@@ -16,17 +16,18 @@ import jax
 import numpy as np
 import pytest
 import toy
+from toy import Stop, rows_of, stop_at
 
 from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
-from rpt_jax.corpus.prompts import Template
-from rpt_jax.learning import checkpoints, collect, run_folder, train
+from rpt_jax.corpus.templates import Template
+from rpt_jax.learning import checkpoints, collect, policy_folder, run_folder, train
+from rpt_jax.learning.inputs import with_numerics
 from rpt_jax.learning.update import init_state, make_optimizer
 from rpt_jax.mesh import AXES, make_mesh
 from rpt_jax.policy import flops
 from rpt_jax.records import InputError
 
 STEPS = 24  # the same in all runs, so that they share what is compiled
-TIMES = ("seconds", "tokens_per_second", "programs_compiled")  # what differs from run to run, or ends so
 
 
 def settings(folder, **options):
@@ -54,11 +55,6 @@ def evaluate(params, step):
     return {"weight": float(params["head"].sum())}
 
 
-def rows_of(folder, name="metrics.jsonl"):
-    rows = run_folder.read_rows(Path(folder) / name)
-    return [{k: v for k, v in row.items() if not k.startswith("seconds") and not k.endswith(TIMES)} for row in rows]
-
-
 def texts_of(folder):
     """The rollouts shown, without log-probs, which other devices round otherwise."""
     return [row | {"pieces": None} for row in rows_of(folder, "rollouts.jsonl")]
@@ -79,20 +75,6 @@ def finished():
     """(run folder, last state) of a run that nothing disturbed."""
     folder = Path(tempfile.mkdtemp()) / "run"
     return folder, run(settings(folder))
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    """A report that ends the run as a crash would, before the checkpoint of that step."""
-
-    def report(row):
-        if row["step"] == step:
-            raise Stop
-
-    return report
 
 
 def test_the_loop_learns():
@@ -149,7 +131,7 @@ def test_another_machine_continues_from_the_checkpoints_alone(tmp_path):
     assert_same_state(run(config), state)
     assert_same_run(tmp_path / "second", folder)
     assert_same_run(tmp_path / "bucket" / "run", folder)
-    assert_same_state(checkpoints.load_policy(tmp_path / "second")[1], state.params)
+    assert_same_state(policy_folder.load_policy(tmp_path / "second")[1], state.params)
     with pytest.raises(InputError, match="bucket/run holds a run with seed=4, this one has 5"):
         run(settings(tmp_path / "third", checkpoint=kept, seed=5))
     with pytest.raises(InputError, match=f"checkpoints are in {tmp_path}/bucket .newest: 24., and .* has none"):
@@ -287,7 +269,7 @@ def assert_close(rows, expected):
 
 def test_policy_of_a_run_is_its_newest_checkpoint(tmp_path):
     folder, state = finished()
-    model, params, tokenizer = checkpoints.load_policy(folder)
+    model, params, tokenizer = policy_folder.load_policy(folder)
     assert model == toy.model() and tokenizer.fingerprint == toy.tokenizer().fingerprint
     assert_same_state(params, state.params)
 
@@ -350,7 +332,54 @@ def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
 def test_numerics_are_the_runs_and_the_shape_is_the_policys():
     model = toy.model()
     asked = dataclasses.replace(train.ModelConfig(), dtype="bfloat16", remat="layer")
-    assert train.with_numerics(asked, model) == dataclasses.replace(model, dtype="bfloat16", remat="layer")
-    assert train.with_numerics(model, model) == model
+    assert with_numerics(asked, model) == dataclasses.replace(model, dtype="bfloat16", remat="layer")
+    assert with_numerics(model, model) == model
     with pytest.raises(InputError, match="model.width=48, but the policy has 32"):
-        train.with_numerics(dataclasses.replace(asked, width=48), model)
+        with_numerics(dataclasses.replace(asked, width=48), model)
+
+
+@functools.cache
+def budgeted():
+    """(run folder, last state) of a run that ends by its FLOPs: in the middle of the eleventh update of `finished`."""
+    spent = np.cumsum([row["flops_sample"] + row["flops_update"] for row in rows_of(finished()[0])])
+    folder = Path(tempfile.mkdtemp()) / "run"
+    return folder, run(settings(folder, flops=float(spent[9] + spent[10]) / 2))
+
+
+def test_a_run_ends_with_the_update_that_reaches_its_flops():
+    """It is the run of `steps` up to there, its last checkpoint and evaluation included."""
+    (folder, state), (whole, _) = budgeted(), finished()
+    assert int(state.step) == 11
+    assert rows_of(folder) == rows_of(whole)[:11] and rows_of(folder, "evaluations.jsonl")[-1]["step"] == 11
+    assert rows_of(folder, "evaluations.jsonl")[-1]["weight"] == evaluate(state.params, 11)["weight"]
+    assert checkpoints.newest_step(folder / "checkpoints") == 11
+    assert json.loads((folder / "results.json").read_text())["steps"] == 11
+    spent = 0.0
+    for row in rows_of(folder):
+        spent += row["flops_sample"] + row["flops_update"]
+        assert row["flops_spent"] == spent
+    assert spent - row["flops_sample"] - row["flops_update"] < run_folder.read_config(folder).flops <= spent
+
+
+def test_a_run_that_continues_remembers_what_it_has_spent(tmp_path):
+    folder, state = budgeted()
+    config = settings(tmp_path, flops=run_folder.read_config(folder).flops)
+    with pytest.raises(Stop):
+        run(config, report=stop_at(10))
+    assert checkpoints.newest_step(tmp_path / "checkpoints") == 8
+    assert_same_state(run(config), state)
+    assert_same_run(tmp_path, folder)
+    with pytest.raises(InputError, match="holds a run with flops="):
+        run(settings(tmp_path, flops=2 * config.flops))
+
+
+def test_what_was_spent_before_checkpoints_said_so_is_in_the_rows():
+    rows = rows_of(finished()[0])
+    assert run_folder.flops_spent(finished()[0], 7) == pytest.approx(rows[6]["flops_spent"], rel=1e-12)
+    assert run_folder.flops_spent(Path("nowhere"), 7) == 0
+
+
+def test_a_budget_is_a_number():
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(InputError, match=f"flops={wrong}: use a number of FLOPs"):
+            settings("x", flops=wrong).check()

@@ -14,7 +14,7 @@ from golden.make import CASES, TOKENS
 
 from rpt_jax import cli
 from rpt_jax.config import SampleConfig
-from rpt_jax.learning.checkpoints import load_policy
+from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder, weights
 from rpt_jax.policy.sampler import sample
 from rpt_jax.policy.weights_config import read_config

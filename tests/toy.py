@@ -19,13 +19,15 @@ from rpt_jax.config import (
 )
 from rpt_jax.corpus import positions
 from rpt_jax.corpus.positions import Annotated, Positions
-from rpt_jax.corpus.prompts import load_template
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
+from rpt_jax.learning import run_folder
 from rpt_jax.policy import decoder, scorer
 
 LETTERS = "abcdefgh"
 TEXTS = tuple(f"{letter} {(3 * i + 1) % 5}." for i, letter in enumerate(LETTERS))
 SYMBOLS = ("<predict>", "<think>", "</think>", "\\boxed{")
+TIMES = ("seconds", "tokens_per_second", "programs_compiled")  # what differs from run to run, or ends so
 TARGET = 2  # token of the digit: letter, space, digit, full stop
 
 
@@ -102,6 +104,26 @@ def targets(repeat: int = 1) -> Positions:
     """The digits of all documents, each `repeat` times."""
     numbers = np.tile(np.arange(len(TEXTS), dtype=np.int32), repeat)
     return Positions(numbers, np.full_like(numbers, TARGET), np.full(len(numbers), np.log(5), np.float32))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    """A report that ends the run as a crash would, before the checkpoint of that step."""
+
+    def report(row):
+        if row["step"] == step:
+            raise Stop
+
+    return report
+
+
+def rows_of(folder, name="metrics.jsonl") -> list[dict]:
+    """Rows of a run without what differs from one run to its like: times, and programs compiled."""
+    rows = run_folder.read_rows(Path(folder) / name)
+    return [{k: v for k, v in row.items() if not k.startswith("seconds") and not k.endswith(TIMES)} for row in rows]
 
 
 def watch_kernel(monkeypatch) -> list[dict[str, int]]:

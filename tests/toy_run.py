@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import toy
 
-from rpt_jax import preemption
+from rpt_jax import agreement, preemption
 from rpt_jax.config import CheckpointConfig, Config, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
 from rpt_jax.learning import checkpoints, train
 from rpt_jax.mesh import make_mesh, start_distributed, to_host
@@ -133,7 +133,11 @@ def main():
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **there))
         start_distributed(config.mesh)
     with marked(Path(f"{given.folder}.phase{given.process}")):
-        state = run(config, mesh=make_mesh(config.mesh))
+        try:
+            state = run(config, mesh=make_mesh(config.mesh))
+        except RuntimeError as error:  # as the command line does
+            agreement.end_if_host_lost(error)
+            raise
     if given.process == 0:
         np.savez(Path(given.folder) / "state.npz", **flat(state))
 

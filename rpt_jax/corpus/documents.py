@@ -69,7 +69,7 @@ class Documents:
     def __getitem__(self, index: int) -> Document:
         file, name = self.files[self.file_of[index]], self.name(index)
         text = _document(name, file, fetch(file, int(self.place_of[index])), self.template)
-        if _digest(text) != self.digest_of[index]:
+        if digest(text) != self.digest_of[index]:
             raise InputError(f"{name}: the file changed while it was in use; start again")
         return Document(name, text)
 
@@ -103,7 +103,7 @@ def read_documents(config: CorpusConfig) -> Documents:
                     raise InputError(f"{error}; {REMEDY}") from error
                 skipped.append(str(error))
                 continue
-            for column, value in zip(table, (f, number, place, len(text.encode()), _digest(text)), strict=True):
+            for column, value in zip(table, (f, number, place, len(text.encode()), digest(text)), strict=True):
                 column.append(value)
         if not found:
             raise InputError(f"{file.path}: no record in it; take the file out of corpus.files")
@@ -213,8 +213,13 @@ def _split(digest_of: np.ndarray, usable: np.ndarray, holdout: int, seed: int) -
             f"corpus.holdout={holdout} of {len(digests)} distinct documents: use 0 to {len(digests) - 1}, so that "
             "something is left to train on"
         )
-    last = np.argsort(_mix(digests ^ _mix(np.array([seed % 2**64], np.uint64))))[len(digests) - holdout :]
+    last = seeded_order(digests, seed)[len(digests) - holdout :]
     return usable[~np.isin(digest_of[usable], digests[last])], np.sort(usable[first[last]])
+
+
+def seeded_order(digests: np.ndarray, seed: int) -> np.ndarray:
+    """Indexes of digests (uint64) in an order that looks random; which of two comes first depends on them and seed."""
+    return np.argsort(_mix(digests ^ _mix(np.array([seed % 2**64], np.uint64))), kind="stable")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -247,10 +252,12 @@ def parse_template(template: str) -> Template:
     return Template(tuple((literal, field) for literal, field, _, _ in parsed))
 
 
-def _document(name: str, file: TextFile, raw: Any, template: Template) -> str:
-    """The document of one raw record; raises InputError that starts with its name, file:line."""
+def read_fields(
+    name: str, file: TextFile, raw: Any, fields: tuple[str, ...], setting: str = "corpus.template"
+) -> dict[str, Any]:
+    """The fields of a raw record; raises InputError that starts with its name, file:line, for one that has them not."""
     try:
-        values = fields_of(file, raw, template.fields)
+        values = fields_of(file, raw, fields)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: wrong UTF-8 at byte {error.start + 1} of the record ({error.reason})") from error
     except json.JSONDecodeError as error:
@@ -259,7 +266,13 @@ def _document(name: str, file: TextFile, raw: Any, template: Template) -> str:
         raise InputError(f"{name}: JSON that cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{name}: expected a JSON object with fields, found {type(values).__name__}")
-    require_fields(name, template.fields, list(values))
+    require_fields(name, fields, list(values), setting)
+    return values
+
+
+def _document(name: str, file: TextFile, raw: Any, template: Template) -> str:
+    """The document of one raw record; raises InputError that starts with its name, file:line."""
+    values = read_fields(name, file, raw, template.fields)
     for field in template.fields:
         if not isinstance(values[field], str):
             kind = type(values[field]).__name__
@@ -267,14 +280,20 @@ def _document(name: str, file: TextFile, raw: Any, template: Template) -> str:
     text = template.fill(values)
     if not any(values[field].strip() for field in template.fields):
         raise InputError(f"{name}: empty document: nothing but white space in {', '.join(template.fields)}")
+    require_utf8(name, text)
+    return text
+
+
+def require_utf8(name: str, text: str) -> None:
+    """Raises InputError, starting with the name of a document, for half of a surrogate pair, which JSON can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{name}: wrong UTF-8: character {error.start + 1} of the document is half of a surrogate pair"
         ) from error
-    return text
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
+    """Eight bytes of a hash: the same text has the same number everywhere."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

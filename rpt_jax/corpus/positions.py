@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from rpt_jax.config import PositionConfig
+from rpt_jax.corpus import segments
 from rpt_jax.records import InputError
 
 DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; a position is in a split if its entropy is above
@@ -41,29 +42,34 @@ class Annotated:
 
 @dataclass(frozen=True)
 class Position:
-    """A place to predict: token `index` of document `document`, from the tokens before it."""
+    """A place to predict: token `index` of document `document` and what follows, from the tokens before it."""
 
     document: int
     index: int  # t
     entropy: float  # nats
+    length: int = (
+        0  # tokens of the target, a segment that is predicted whole; 0: it has no end, any tokens of it will do
+    )
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Many positions, one row each: 12 bytes a position. Indexing gives a Position, or Positions for an array."""
+    """Many positions, one row each: 12 or 16 bytes a position. Indexing gives a Position, or Positions for an array."""
 
     documents: np.ndarray  # int32
     indices: np.ndarray  # int32
     entropies: np.ndarray  # float32 nats
+    lengths: np.ndarray | None = None  # int32, tokens of the targets; None: all 0
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def __getitem__(self, key):
         documents, indices, entropies = self.documents[key], self.indices[key], self.entropies[key]
+        lengths = None if self.lengths is None else self.lengths[key]
         if np.ndim(documents):
-            return Positions(documents, indices, entropies)
-        return Position(int(documents), int(indices), float(entropies))
+            return Positions(documents, indices, entropies, lengths)
+        return Position(int(documents), int(indices), float(entropies), 0 if lengths is None else int(lengths))
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class AnnotatedDocuments:
     header: dict
     records: Sequence[bytes]
     bytes_V: np.ndarray | None = None  # int, bytes of each token, where the tokenizer was given
+    pieces_V: Sequence[bytes] | None = None  # the bytes themselves
 
     def __len__(self) -> int:
         return len(self.records)
@@ -193,8 +200,9 @@ def open_annotated(folder: Path, tokenizer=None) -> AnnotatedDocuments:
             ArrayRecordReader(part).close()
         except (ValueError, RuntimeError) as error:
             raise InputError(f"{part} is no readable ArrayRecord ({error}): delete it and annotate again") from error
-    bytes_V = None if tokenizer is None else np.array([len(piece) for piece in tokenizer.token_bytes])
-    return AnnotatedDocuments(folder, header, grain.sources.ArrayRecordDataSource(parts), bytes_V)
+    pieces_V = None if tokenizer is None else tokenizer.token_bytes
+    bytes_V = None if pieces_V is None else np.array([len(piece) for piece in pieces_V])
+    return AnnotatedDocuments(folder, header, grain.sources.ArrayRecordDataSource(parts), bytes_V, pieces_V)
 
 
 def all_positions(annotated: AnnotatedDocuments, minimum_context: int, above: float = -np.inf) -> Positions:
@@ -214,22 +222,44 @@ def all_positions(annotated: AnnotatedDocuments, minimum_context: int, above: fl
     return Positions(np.concatenate(documents), np.concatenate(indices), np.concatenate(entropies))
 
 
+def candidates(annotated: AnnotatedDocuments, config: PositionConfig, above: float = -np.inf) -> Positions:
+    """all_positions, or as config.target says the beginnings of segments (segments.targets), entropy above `above`.
+
+    The entropy of a segment is the mean of its tokens'. Raises InputError for segments without the tokenizer's bytes.
+    """
+    if config.target == "next_token":
+        return all_positions(annotated, config.minimum_context, above)
+    config.check()
+    if annotated.pieces_V is None:
+        raise InputError(f"positions.target={config.target}: segments are found by bytes, open with the tokenizer")
+    rows = [(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros(0, np.float32))]
+    for document in annotated:
+        bounds = segments.targets([annotated.pieces_V[token] for token in document.tokens_T.tolist()], config)
+        entropies = segments.mean_entropies(document.entropies_T, bounds)
+        keep = entropies > above
+        rows.append((np.full(int(keep.sum()), document.document, np.int32), bounds[keep], entropies[keep]))
+    documents, bounds, entropies = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return Positions(documents, bounds[:, 0], entropies, bounds[:, 1] - bounds[:, 0])
+
+
 def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed: int) -> Positions:
-    """Positions to train on: entropy above a threshold, the top share by entropy, or a random share.
+    """Positions to train on: entropy above a threshold, the top share by entropy, or a random share of `candidates`.
 
     In stored order whatever the kind; `seed` matters to "random" only. Ties at the edge of the top share go to
     the earlier position. Raises InputError where settings clash with the annotation or no position is left.
     """
     _check_settings(annotated, config)
     if config.select == "threshold":
-        chosen = all_positions(annotated, config.minimum_context, above=config.threshold)
+        chosen = candidates(annotated, config, above=config.threshold)
         if len(chosen):
             return chosen
-    pool = all_positions(annotated, config.minimum_context)
+    pool = candidates(annotated, config)
     if not len(pool):
+        size = f"a segment of {config.shortest_target} to {config.longest_target} tokens"
         raise InputError(
             f"{annotated.folder}: none of its {len(annotated)} documents has a position with positions.minimum_context="
-            f"{config.minimum_context} tokens before it: lower it, or annotate longer documents"
+            f"{config.minimum_context} tokens before it{'' if config.target == 'next_token' else ' and ' + size}: "
+            "lower it, or annotate longer documents"
         )
     if config.select == "threshold":
         largest = pool.entropies.max()
@@ -246,10 +276,14 @@ def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed
 
 
 def difficulty_splits(annotated: AnnotatedDocuments, config: PositionConfig | None = None) -> dict[str, Positions]:
-    """Positions with entropy above 0.5, 1.0 and 1.5 nats: easy contains medium contains hard. A split may be empty."""
+    """Positions with entropy above 0.5, 1.0 and 1.5 nats: easy contains medium contains hard. A split may be empty.
+
+    Segments have a split `all`, too: RLPT takes them whatever their entropy.
+    """
     config = PositionConfig() if config is None else config
-    easy = all_positions(annotated, config.minimum_context, above=DIFFICULTIES["easy"])
-    return {name: easy[easy.entropies > entropy] for name, entropy in DIFFICULTIES.items()}
+    limits = DIFFICULTIES if config.target == "next_token" else {"all": -np.inf} | DIFFICULTIES
+    pool = candidates(annotated, config, above=min(limits.values()))
+    return {name: pool[pool.entropies > entropy] for name, entropy in limits.items()}
 
 
 def position_stream(

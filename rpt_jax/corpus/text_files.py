@@ -42,23 +42,23 @@ class TextFile:
     content: Any  # unpacked bytes of a .gz, table of a .parquet, source of an .arrayrecord; None: read from disk
 
 
-def matching_files(patterns: tuple[str, ...]) -> list[str]:
-    """Paths in the order of the patterns, each glob sorted, none twice."""
+def matching_files(patterns: tuple[str, ...], setting: str = "corpus.files") -> list[str]:
+    """Paths in the order of the patterns, each glob sorted, none twice; `setting` is what messages call them."""
     if not patterns:
-        raise InputError("corpus.files is empty: give paths or globs, for example --corpus.files data/*.jsonl")
+        raise InputError(f"{setting} is empty: give paths or globs, for example --{setting} data/*.jsonl")
     paths = []
     for pattern in (os.path.expanduser(pattern) for pattern in patterns):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise InputError(f"corpus.files: no file matches {pattern!r} (looked from {os.getcwd()}); check the path")
+            raise InputError(f"{setting}: no file matches {pattern!r} (looked from {os.getcwd()}); check the path")
         paths.extend(found)
     for path in paths:
         if os.path.isdir(path):
-            raise InputError(f"corpus.files: {path} is a folder; name the files in it, for example {path}/*.jsonl")
+            raise InputError(f"{setting}: {path} is a folder; name the files in it, for example {path}/*.jsonl")
     return list(dict.fromkeys(paths))
 
 
-def open_file(path: str, fields: tuple[str, ...]) -> TextFile:
+def open_file(path: str, fields: tuple[str, ...], setting: str = "corpus.template") -> TextFile:
     """Opens by suffix; raises InputError for an unknown one, an unreadable file, and Parquet without the fields."""
     suffix = next((suffix for suffix in KINDS if path.endswith(suffix)), None)
     if suffix is None:
@@ -69,7 +69,7 @@ def open_file(path: str, fields: tuple[str, ...]) -> TextFile:
             content = gzip.decompress(Path(path).read_bytes())
         elif kind == "parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
-                require_fields(path, fields, file.schema_arrow.names)
+                require_fields(path, fields, file.schema_arrow.names, setting)
                 content = file.read(columns=list(fields))
         elif kind == "records":
             content = grain.sources.ArrayRecordDataSource(path)
@@ -127,10 +127,10 @@ def fields_of(file: TextFile, raw: Any, fields: tuple[str, ...]) -> Any:
     return json.loads(raw.decode())
 
 
-def require_fields(name: str, wanted: tuple[str, ...], there: list[str]) -> None:
+def require_fields(name: str, wanted: tuple[str, ...], there: list[str], setting: str = "corpus.template") -> None:
     """Raises InputError, starting with `name` (file or file:line), unless all wanted fields are there."""
     missing = [field for field in wanted if field not in there]
     if missing:
         raise InputError(
-            f"{name}: no field {missing[0]!r}, which corpus.template names; there are {', '.join(map(repr, there))}"
+            f"{name}: no field {missing[0]!r}, which {setting} names; there are {', '.join(map(repr, there))}"
         )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import ModelConfig, UpdateConfig, parts_of_groups
+from rpt_jax.config import ModelConfig, UpdateConfig
 from rpt_jax.learning.update import response_logprobs
 from rpt_jax.mesh import batch_parts, batch_sharding, place, to_host
+from rpt_jax.parts import parts_of_groups
 from rpt_jax.policy.scorer import score
 from rpt_jax.policy.stream import deal, packed
 from rpt_jax.records import Array, Batch, Params, Prompts, Rollouts

@@ -27,11 +27,13 @@ from rpt_jax.agreement import together
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus.pieces import readable_pieces
 from rpt_jax.corpus.positions import Position
-from rpt_jax.corpus.prompts import THOUGHT_END, Template, assemble, parse_answers
+from rpt_jax.corpus.prompts import THOUGHT_END, assemble, contexts_of, parse_answers
+from rpt_jax.corpus.templates import Template
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.learning import judge as judging
 from rpt_jax.learning import next_token
 from rpt_jax.learning.advantages import groups_agree
-from rpt_jax.learning.rewards import Outcomes, answer_logprobs, prefix_matching, reward
+from rpt_jax.learning.rewards import Outcomes, answer_logprobs, reward, right, truths
 from rpt_jax.learning.update import TrainState
 from rpt_jax.mesh import all_rows, batch_rows
 from rpt_jax.policy.sampler import sample
@@ -53,6 +55,7 @@ class Source:
     documents: Mapping[int, np.ndarray] | Sequence[np.ndarray]  # [number] -> tokens
     end_ids: tuple[int, ...]
     mesh: Mesh
+    judge: judging.Judge | None = None  # of the answers, where documents are questions
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class Groups:
     rollouts: Rollouts
     answered_NG: np.ndarray  # bool, there is an answer to reward
     rewards_NG: np.ndarray
-    right_NG: np.ndarray  # bool, the answer is right by prefix matching, whatever it earned
+    right_NG: np.ndarray  # bool, the answer is right (rewards.right), whatever it earned
     learnt_NG: np.ndarray  # int32, the update learns from so many tokens of a response, its first ones
     flops_reward: float = 0.0  # of forward passes in which rewards were computed
+    verdicts_NG: np.ndarray | None = None  # int8, of the judge of questions
 
 
 def end_ids(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[int, ...]:
@@ -94,12 +98,14 @@ def collect(
     params: the policy as sampling wants it. state: what a reward that scores needs (information_gain), left intact.
 
     Metrics tell of all rollouts sampled in the step, those of dropped groups too: reward, accuracy (share of rollouts
-    whose answer is right by prefix matching, whatever the reward), format_rate (share with an answer), solved_share (of
-    groups with a right answer), all_right_share and all_wrong_share (of groups), zero_variance_share (of groups whose
-    rewards agree), length and length_max (tokens), unfinished_share (stopped by the limit), sampled_prompts,
-    sampled_rollouts, sampled_prompt_tokens, sampled_tokens, live_slot_share (of all slots of all decode steps, those
-    that made a token that counts), rounds, queued, refilled (groups in the batch that agree although dynamic sampling
-    is on), flops_reward (of forward passes for rewards), seconds of sampling and of rewarding.
+    whose answer is right whatever the reward: by prefix matching, of a segment all of it, of questions as the judge
+    says), format_rate (share with an answer), solved_share (of groups with a right answer), all_right_share and
+    all_wrong_share (of groups), zero_variance_share (of groups whose rewards agree), length and length_max (tokens),
+    unfinished_share (stopped by the limit), sampled_prompts, sampled_rollouts, sampled_prompt_tokens, sampled_tokens,
+    live_slot_share (of all slots of all decode steps, those that made a token that counts), rounds, queued, refilled
+    (groups in the batch that agree although dynamic sampling is on), flops_reward (of forward passes for rewards),
+    seconds of sampling and of rewarding; of questions judge_timeouts and judge_crashes (answers whose judging was
+    stopped, or ended itself).
     """
     dynamic = source.config.dynamic_sampling
     is_dynamic = 0 <= dynamic.from_step <= step
@@ -152,18 +158,29 @@ def roll(
     with jax.profiler.TraceAnnotation("reward"):
         responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
         answers = parse_answers(tokenizer, *responses)
-        outcomes, learnt_NG, cost = Outcomes(answers, own), rollouts.lengths_NG, 0.0
+        outcomes, learnt_NG, cost = Outcomes(answers, own, whole=is_whole(config)), rollouts.lengths_NG, 0.0
         if config.reward.kind in ("dense", "conditional_dense"):
             first_NG = answer_logprobs(tokenizer.bytes_of, *responses[:2], rollouts.logprobs_NGR[rows])
             outcomes = dataclasses.replace(outcomes, first_logprobs_NG=first_NG)
         elif config.reward.kind == "information_gain":
             after_NG, plain_N, learnt_NG, cost = _next_token(source, state, prompts, rollouts, rows, mine)
             outcomes = dataclasses.replace(outcomes, thought_logprobs_NG=after_NG[rows], plain_logprobs_N=plain_N[rows])
+        elif config.reward.kind == "verified":
+            verdicts_NG = judging.verdicts(source.judge, judging.references_of(own), answers)
+            outcomes = dataclasses.replace(outcomes, verdicts_NG=verdicts_NG)
+        elif config.reward.kind == "judged":
+            outcomes = dataclasses.replace(outcomes, contexts_N=contexts_of(tokenizer, source.template, own))
         answered_NG = np.array([[answer is not None for answer in group] for group in answers])
-        made = answered_NG, reward(config.reward, outcomes), prefix_matching(answers, own) == 1
-        made = all_rows(made, rows, N)
+        with together():
+            made = answered_NG, reward(config.reward, outcomes), right(outcomes), outcomes.verdicts_NG
+        *made, verdicts_NG = all_rows(made, rows, N)
     seconds = sampled - start, time.perf_counter() - sampled
-    return Groups(positions, prompts, rollouts, *made, learnt_NG, cost), seconds
+    return Groups(positions, prompts, rollouts, *made, learnt_NG, cost, verdicts_NG), seconds
+
+
+def is_whole(config: Config) -> bool:
+    """Targets are segments, which are predicted whole."""
+    return config.positions.target != "next_token"
 
 
 def _next_token(
@@ -241,13 +258,14 @@ def describe(rounds: Sequence[Groups]) -> dict:
         "sampled_prompt_tokens": int(sum(part.prompts.lengths_N.sum() for part in rounds)),
         "sampled_tokens": int(lengths_NG.sum()),
         "live_slot_share": float(lengths_NG.sum() / max(1, lengths_NG.sum(), slot_steps)),
-    }
+    } | judging.counts([part.verdicts_NG for part in rounds if part.verdicts_NG is not None])
 
 
 def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dict]:
     """Up to `count` rollouts of a step for people to read: evenly spread over prompts, members in turn.
 
-    context is the end of what stands before the position, truth its first token, continuation a little more of it.
+    context is the end of what stands before the position, truth its first token (of a segment and of the reference of
+    a question all of it), continuation a little more of what follows.
     pieces is the whole response as [text, log-prob] of each token, those that share a character together. Bytes that
     are no UTF-8 show as U+FFFD.
     """
@@ -265,6 +283,10 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
         response = b"".join(contents)
         truth = prompts.truth_NX[n].tobytes()
         first = int(np.argmax(prompts.boundaries_NX[n])) + 1
+        if position.length:
+            first = len(truths(jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], prompts))[0])
+        elif source.judge is not None:
+            first = len(truth.rstrip(b"\0"))
         yield {
             "step": step,
             "document": position.document,

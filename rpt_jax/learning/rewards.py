@@ -1,8 +1,9 @@
 r"""What came of the rollouts -> their rewards, in the kinds that reward.kind names.
 
 Every kind is a function of Outcomes; `reward` chooses. Prefix matching [RPT, arXiv 2506.08007, section 3.2, Eq. 3] is
-the default, and what "right" means everywhere: metrics and evaluation count it whatever is paid. First token, dense
-and conditional dense are variants of its appendix A, information gain is RLP's [arXiv 2510.01265].
+the default, and what "right" means of next tokens (of a segment it is `exact`): metrics and evaluation count that,
+whatever is paid. First token, dense and conditional dense are variants of its appendix A, information gain is RLP's
+[arXiv 2510.01265]. The truth of a segment ends with it, so that all kinds but information gain work within it.
 
 Everything is bytes on the host: predictions as cut out of the responses, truth as the exact bytes of the
 document's tokens. Nothing is decoded to text or tokenised again.
@@ -15,6 +16,8 @@ import numpy as np
 
 from rpt_jax.config import RewardConfig
 from rpt_jax.corpus.prompts import answer_start
+from rpt_jax.learning.custom_judge import judged
+from rpt_jax.learning.judge_worker import RIGHT
 from rpt_jax.records import Prompts
 
 
@@ -27,6 +30,9 @@ class Outcomes:
     first_logprobs_NG: np.ndarray | None = None  # dense: nats, of the token that begins the answer; answer_logprobs
     thought_logprobs_NG: np.ndarray | None = None  # information_gain: nats, of the token that follows; next_token.py
     plain_logprobs_N: np.ndarray | None = None  # information_gain: the same without a thought
+    verdicts_NG: np.ndarray | None = None  # verified: int8, what judge.verdicts says of the answers to questions
+    contexts_N: Sequence[bytes] | None = None  # judged: the text that was shown; prompts.contexts_of
+    whole: bool = False  # targets are segments: the truth ends with them, and whoever is right names all of it
 
 
 def reward(config: RewardConfig, outcomes: Outcomes) -> np.ndarray:
@@ -39,7 +45,20 @@ def reward(config: RewardConfig, outcomes: Outcomes) -> np.ndarray:
         return conditional_dense(outcomes)
     if config.kind == "information_gain":
         return information_gain(outcomes)
+    if config.kind == "verified":
+        return verified(outcomes)
+    if config.kind == "exact":
+        return exact(outcomes)
+    if config.kind == "judged":
+        return judged(config.judge, outcomes.contexts_N, outcomes.predictions, truths(outcomes.prompts))
     return prefix_matching(outcomes.predictions, outcomes.prompts)
+
+
+def right(outcomes: Outcomes) -> np.ndarray:
+    """right_NG, bool, whatever is paid: of questions the judge's verdict, of segments exact, else prefix matching."""
+    if outcomes.verdicts_NG is not None:
+        return outcomes.verdicts_NG == RIGHT
+    return (exact(outcomes) if outcomes.whole else prefix_matching(outcomes.predictions, outcomes.prompts)) == 1
 
 
 def prefix_matching(predictions: Sequence[Sequence[bytes | None]], prompts: Prompts) -> np.ndarray:
@@ -59,6 +78,34 @@ def prefix_matching(predictions: Sequence[Sequence[bytes | None]], prompts: Prom
     last_NG = np.where(fits_NG, lengths_NG - 1, 0)
     ends_token_NG = np.take_along_axis(boundaries_NX, last_NG, axis=1)
     return (agrees_NG & fits_NG & ends_token_NG).astype(np.float32)
+
+
+def exact(outcomes: Outcomes) -> np.ndarray:
+    """1 where the prediction is the whole target, else 0; float32 [N, G].
+
+    The target is the segment, compared without white space around it; or, of next tokens, the first token that has
+    bytes, compared as it stands: there white space belongs to the token or is all of it. An empty prediction earns 0.
+    """
+    truth_NX, boundaries_NX = np.asarray(outcomes.prompts.truth_NX), np.asarray(outcomes.prompts.boundaries_NX)
+    rewards_NG = np.zeros(pack_predictions(outcomes.predictions, 0)[1].shape, np.float32)
+    targets = truths(outcomes.prompts)
+    if not outcomes.whole:
+        firsts = np.where(boundaries_NX.any(axis=1), boundaries_NX.argmax(axis=1) + 1, 0)
+        targets = [truth_X[:first].tobytes() for truth_X, first in zip(truth_NX, firsts, strict=True)]
+    for n, g in np.ndindex(*rewards_NG.shape):
+        answer, target = outcomes.predictions[n][g] or b"", targets[n]
+        if outcomes.whole:
+            answer, target = answer.strip(), target.strip()
+        rewards_NG[n, g] = bool(answer) and answer == target
+    return rewards_NG
+
+
+def truths(prompts: Prompts) -> list[bytes]:
+    """The bytes of all whole tokens of the truth kept: of a segment all of it, otherwise what follows in the text."""
+    boundaries_NX = np.asarray(prompts.boundaries_NX)
+    ends = boundaries_NX.shape[1] - boundaries_NX[:, ::-1].argmax(axis=1)
+    ends = np.where(boundaries_NX.any(axis=1), ends, 0)
+    return [truth_X[:end].tobytes() for truth_X, end in zip(np.asarray(prompts.truth_NX), ends, strict=True)]
 
 
 def first_token(outcomes: Outcomes) -> np.ndarray:
@@ -106,6 +153,14 @@ def information_gain(outcomes: Outcomes) -> np.ndarray:
     reward.opening, if any), the average of past policies the text alone; both at temperature 1. See next_token.py.
     """
     return (outcomes.thought_logprobs_NG - outcomes.plain_logprobs_N[:, None]).astype(np.float32)
+
+
+def verified(outcomes: Outcomes) -> np.ndarray:
+    """1 where the judge found that the answer means what the reference does, else 0  [RPT, its table on fine-tuning].
+
+    An answer that could not be judged within its limits (judge.py), and a response without one, earn 0.
+    """
+    return (outcomes.verdicts_NG == RIGHT).astype(np.float32)
 
 
 def answer_logprobs(

@@ -34,10 +34,11 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from rpt_jax.agreement import in_first_process
-from rpt_jax.config import Config, from_dict, to_dict
+from rpt_jax.config import Config
+from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning import checkpoints
-from rpt_jax.learning.checkpoints import read_json
+from rpt_jax.learning.policy_folder import read_json
 from rpt_jax.records import InputError
 
 KEPT = "run"  # folder beside the checkpoints, where those have one of their own
@@ -46,6 +47,7 @@ PACKAGES = ("rpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 # A run continues with other values of these: they change no update beyond rounding.
 FREE = ("name", "run_folder", "mesh", "checkpoint", "evaluate", "rollouts_logged", "wandb")
 FREE_INSIDE = {"sample": ("tokens_per_call",), "update": ("microbatches", "token_chunk"), "model": ("remat",)}
+FREE_INSIDE |= {"questions": ("workers", "evaluate_files")}
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def require_same_run(config: Config, identity: dict, start: int, folder: Path | 
 
     start: the newest checkpoint. folder: config's run folder where none is given.
 
-    What may differ: FREE, FREE_INSIDE, and `steps` where the schedule does not depend on it.
+    What may differ: FREE, FREE_INSIDE, and `steps` where neither schedule nor order of positions depend on it.
     """
     folder = Path(config.run_folder) if folder is None else folder
     there = read_json(folder / "config.json", "config", "identity")
@@ -227,7 +229,7 @@ def write_results(log: RunLog, config: Config) -> dict:
     rows, evaluations = (read_rows(log.folder / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
     results = {
         "name": config.name,
-        "steps": config.steps,
+        "steps": rows[-1]["step"] if rows else 0,
         "seconds": sum(row["seconds"] for row in rows),
         "last_step": rows[-1] if rows else {},
         "evaluation": evaluations[-1] if evaluations else {},
@@ -254,6 +256,12 @@ def read_rows(path: Path) -> list[dict]:
         return []
     lines = path.read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is no whole row
+
+
+def flops_spent(folder: Path, step: int) -> float:
+    """What a run has spent up to `step` by its rows, for checkpoints that do not say it; 0 where there are no rows."""
+    rows = read_rows(Path(folder) / "metrics.jsonl")
+    return sum(row["flops_sample"] + row["flops_update"] for row in rows if row["step"] <= step)
 
 
 def flat(row: dict, prefix: str = "") -> dict[str, Any]:
@@ -295,7 +303,7 @@ def _bound(values: dict) -> dict:
     kept = {name: value for name, value in values.items() if name not in FREE}
     for name, inside in FREE_INSIDE.items():
         kept[name] = {key: value for key, value in kept[name].items() if key not in inside}
-    if values["update"]["schedule"] == "constant":
+    if values["update"]["schedule"] == "constant" and values["positions"]["order"] == "shuffled":
         del kept["steps"]
     return json.loads(json.dumps(flat(kept)))  # tuples as lists, as they come back from disk
 

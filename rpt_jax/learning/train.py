@@ -20,21 +20,24 @@ from jax.sharding import Mesh
 
 from rpt_jax import compilation, preemption
 from rpt_jax.agreement import require_agreement
-from rpt_jax.config import Config, ModelConfig, parts_of_groups
-from rpt_jax.corpus.positions import (
-    AnnotatedDocuments,
-    Position,
-    Positions,
-    open_annotated,
-    position_stream,
-    select_positions,
+from rpt_jax.config import Config, ModelConfig
+from rpt_jax.corpus import curriculum
+from rpt_jax.corpus.positions import AnnotatedDocuments, Position, Positions
+from rpt_jax.corpus.questions import Questions
+from rpt_jax.corpus.templates import Template
+from rpt_jax.learning import (
+    checkpoints,
+    identity,
+    inputs,
+    judge,
+    progress,
+    run_folder,
+    text_loss,
 )
-from rpt_jax.corpus.prompts import Template, assemble, load_template
-from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.learning import checkpoints, identity, progress, run_folder
 from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.batch import maybe_check, pack, shortened
 from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
+from rpt_jax.learning.inputs import Inputs, Policy
 from rpt_jax.learning.update import (
     TrainState,
     init_state,
@@ -44,84 +47,39 @@ from rpt_jax.learning.update import (
     response_logprobs,
     train_step,
 )
-from rpt_jax.mesh import batch_parts, check_batch_divides, make_mesh, param_shardings, place
+from rpt_jax.mesh import make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
-from rpt_jax.records import InputError, Params
+from rpt_jax.records import Params
 
 log = logging.getLogger(__name__)
 
-Policy = tuple[ModelConfig, Params, Tokenizer]
 Evaluate = Callable[[Params, int], dict]  # (params, updates made) -> figures that JSON can hold
-OF_THE_RUN = ("dtype", "param_dtype", "remat")  # settings of the model that a run chooses, whatever its policy had
 EXIT = 128  # + number of the signal: exit status of a run that was told to stop
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a config's paths lead to; the arguments of train."""
-
-    config: Config
-    policy: Policy
-    annotated: AnnotatedDocuments
-    positions: Positions
-    template: Template
-    mesh: Mesh
-
-
-def load_inputs(config: Config) -> Inputs:
-    """Opens everything that a config names; raises InputError for what is missing or does not fit together.
-
-    The shape of the model comes with the policy; config.model says its numerics (OF_THE_RUN).
-    """
-    config.check()
-    run_folder.require_wandb(config)
-    mesh = make_mesh(config.mesh)
-    check_divides(config, mesh)
-    model, params, tokenizer = checkpoints.load_policy(config.policy, mesh)
-    if config.corpus.tokenizer:
-        given = load_tokenizer(config.corpus.tokenizer)
-        checkpoints.check_tokenizer(given, tokenizer.vocab_size, tokenizer.fingerprint, config.corpus.tokenizer)
-    model = with_numerics(config.model, model)
-    params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
-    annotated = open_annotated(config.positions.annotated, tokenizer)
-    positions = select_positions(annotated, config.positions, config.seed)
-    template = load_template(config.prompt.template, config.prompt.chat)
-    return Inputs(config, (model, params, tokenizer), annotated, positions, template, mesh)
-
-
-def with_numerics(asked: ModelConfig, policy: ModelConfig) -> ModelConfig:
-    """The policy's shape with the numerics asked for; raises InputError if another shape was asked for."""
-    default = ModelConfig()
-    for field in dataclasses.fields(ModelConfig):
-        there, here = getattr(policy, field.name), getattr(asked, field.name)
-        if field.name not in OF_THE_RUN and here not in (there, getattr(default, field.name)):
-            raise InputError(f"model.{field.name}={here}, but the policy has {there}: leave it out, the policy says it")
-    return dataclasses.replace(policy, **{name: getattr(asked, name) for name in OF_THE_RUN})
 
 
 def run(config: Config, make_evaluate: Callable[[Inputs], Evaluate] | None = None) -> TrainState:
     """train on what the config's paths lead to; make_evaluate gives its `evaluate`."""
-    inputs = load_inputs(config)
-    arguments = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    return train(**arguments, evaluate=make_evaluate(inputs) if make_evaluate else None)
+    found = inputs.load_inputs(config)
+    arguments = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return train(**arguments, evaluate=make_evaluate(found) if make_evaluate else None)
 
 
 def train(
     config: Config,
     policy: Policy,
     *,
-    annotated: AnnotatedDocuments,
+    annotated: AnnotatedDocuments | Questions,
     positions: Positions,
     template: Template,
     evaluate: Evaluate | None = None,
     report: Callable[[dict], None] | None = None,
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """Trains to config.steps updates, from the newest checkpoint of config.run_folder if there is one.
+    """Trains to config.steps updates or config.flops, from the newest checkpoint of config.run_folder if there is one.
 
     Args:
         policy: (model, params, tokenizer) to start from; params are left intact. config.model is not read.
-        annotated: documents, opened with the policy's tokenizer.
+        annotated: documents or questions, opened with the policy's tokenizer.
         positions: of those documents, for example select_positions(annotated, ...).
         evaluate: called with (params, updates made) before the first update, after every config.evaluate.every and at
             the end; the params live during the call only.
@@ -134,7 +92,7 @@ def train(
     config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh) if mesh is None else mesh
     ends = end_ids(tokenizer, config.sample.end_tokens)
     source = Source(config, model, tokenizer, template, annotated.documents, ends, mesh)
-    check(source, annotated, positions)
+    inputs.check(source, annotated, positions)
     params = _on_mesh(params, param_shardings(mesh, decoder.logical_axes(model), params))
     found = identity.of_inputs(source, params, positions)
     require_agreement(identity.of_host(config, found))
@@ -145,7 +103,7 @@ def train(
             params, make_optimizer(config.update, config.steps), averaged=config.reward.kind == "information_gain"
         )
         del policy, params  # at most the caller holds on to them now
-        stream, queue = iter(position_stream(positions, seed=config.seed)), ()
+        stream, queue, spent = iter(curriculum.stream(positions, config)), (), 0.0
         if start is not None:
             like = checkpoints.abstract_state(state)
             del state  # two would not fit
@@ -153,15 +111,18 @@ def train(
             log.info("continuing %s after %d updates", config.run_folder, start)
             stream.set_state(host["stream"])
             queue = tuple(Position(*values) for values in host["queue"])
+            spent = host["flops"] if "flops" in host else run_folder.flops_spent(Path(config.run_folder), start)
         with (
             run_folder.open_run(config, tokenizer, start, found) as record,
             contextlib.closing(
                 checkpoints.open_checkpoints(checkpoints.folder_of(config), config.checkpoint.keep)
             ) as manager,
-            progress.display(config.name, start or 0, config.steps, report) as show,
+            progress.display(config, start or 0, spent, report) as show,
+            judge.judge_of(config) as judging,
         ):
-            run = Run(source, reference, evaluate, show, record, manager, told)
-            state = _loop(run, state, stream, queue, start)
+            source, windows = dataclasses.replace(source, judge=judging), text_loss.cut_for(config, annotated)
+            run = Run(source, reference, windows, evaluate, show, record, manager, told)
+            state = _loop(run, state, stream, queue, spent, start or 0)
             run_folder.write_results(record, config)
             run_folder.keep_copy(record, config)
             return state
@@ -173,6 +134,7 @@ class Run:
 
     source: Source
     reference: Params | None  # starting policy, where the update wants a KL to it
+    windows: text_loss.Windows | None  # of training text, where the update learns next tokens too
     evaluate: Evaluate | None
     show: Callable[[dict], None]
     record: run_folder.RunLog
@@ -182,38 +144,41 @@ class Run:
 
 
 def _loop(
-    run: Run, state: TrainState, stream: Iterator[Position], queue: tuple[Position, ...], start: int | None
+    run: Run, state: TrainState, stream: Iterator[Position], queue: tuple[Position, ...], spent: float, done: int
 ) -> TrainState:
-    """Updates from `start` to config.steps."""
+    """Updates until the run is over, `done` of them made before with `spent` FLOPs."""
     config, told = run.source.config, run.told
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    done, host = start or 0, _host_state(stream, queue)
+    host = _host_state(stream, queue, spent)
     evaluated = run_folder.last_evaluation(run.record)
     try:
-        for step in range(done, config.steps):
+        while not progress.is_over(config, done, spent):
             with told.may_break_off():
-                _maybe_evaluate(run, state, step, evaluated)
-            with _maybe_profiled(config, step):
+                _maybe_evaluate(run, state, done, evaluated)
+            with _maybe_profiled(config, done):
                 with told.may_break_off():
                     policy = decoder.gathered(state.params, run.source.model)
-                    groups, queue, row = collect(run.source, policy, stream, queue, step, state)
+                    groups, queue, row = collect(run.source, policy, stream, queue, done, state)
                     del policy  # the update needs the room
-                state, metrics = _update(run, state, groups, step)
+                state, metrics = _update(run, state, groups, done)
             state = jax.device_put(state, shardings)  # moves nothing, unless the compiler chose another layout
-            done, host = step + 1, _host_state(stream, queue)
+            done += 1
             row = with_rates({"step": done} | row | metrics, run.source.model)
+            spent += row["flops_sample"] + row["flops_update"]
+            row, host = row | {"flops_spent": spent}, _host_state(stream, queue, spent)
             run_folder.write_step(run.record, row, list(shown(run.source, groups, config.rollouts_logged, done)))
             run.show(row)
-            if done % config.checkpoint.every == 0 or done == config.steps:
+            if done % config.checkpoint.every == 0 or progress.is_over(config, done, spent):
                 _save(run, done, state, host)
             if told.agreed():
                 raise preemption.Abandoned
         with told.may_break_off():
-            _maybe_evaluate(run, state, done, evaluated)
+            _maybe_evaluate(run, state, done, evaluated, is_last=True)
     except preemption.Abandoned:
         _save(run, done, state, host)
         run.manager.wait_until_finished()
-        log.warning("told to stop: saved after %d of %d updates; the same command continues", done, config.steps)
+        at = progress.reached(config, done, spent)
+        log.warning("told to stop: saved after update %s; the same command continues", at)
         raise SystemExit(EXIT + (told.number or signal.SIGTERM)) from None
     return state
 
@@ -224,14 +189,14 @@ def _save(run: Run, done: int, state: TrainState, host: dict) -> None:
     checkpoints.save(run.manager, done, state, host)
 
 
-def _host_state(stream, queue) -> dict:
-    return {"stream": stream.get_state(), "queue": [dataclasses.astuple(position) for position in queue]}
+def _host_state(stream, queue, spent) -> dict:
+    return {"stream": stream.get_state(), "queue": [dataclasses.astuple(each) for each in queue], "flops": spent}
 
 
-def _maybe_evaluate(run: Run, state: TrainState, step: int, evaluated: int) -> None:
+def _maybe_evaluate(run: Run, state: TrainState, step: int, evaluated: int, is_last: bool = False) -> None:
     """Evaluates if it is time to after `step` updates; `evaluated` is the last step for which that was done before."""
     config = run.source.config
-    is_time = step == config.steps or (config.evaluate.every > 0 and step % config.evaluate.every == 0)
+    is_time = is_last or (config.evaluate.every > 0 and step % config.evaluate.every == 0)
     if run.evaluate is None or not is_time or step <= evaluated:
         return
     began = time.perf_counter()
@@ -267,6 +232,7 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
         config.sample.temperature,
         limit,
         reference_NGR,
+        text=text_loss.of_step(run.windows, config, step, run.source.mesh),
         model=model,
         config=config.update,
         steps=config.steps,
@@ -294,52 +260,10 @@ def with_rates(row: dict, model: ModelConfig) -> dict:
         "sample_tokens_per_second": row["sampled_tokens"] / row["seconds_sample"],
         "tokens_per_second": row["sampled_tokens"] / seconds,
         "flops_sample": flops.sampling(model, *sampled) + row["flops_reward"],
-        "flops_update": flops.update(
-            model, prompts, row["prompt_tokens"], prompts * group_size, row["response_tokens"]
-        ),
+        "flops_update": flops.update(model, prompts, row["prompt_tokens"], prompts * group_size, row["response_tokens"])
+        + flops.pretraining(model, row.get("next_token_rows", 0), row.get("next_token_tokens", 0)),
     }
     return {name: value for name, value in row.items() if name != "finite"} | more
-
-
-def check(source: Source, annotated: AnnotatedDocuments, positions: Positions) -> None:
-    """Raises InputError, with the remedy, for whatever would stop the run or make it meaningless later."""
-    config, tokenizer = source.config, source.tokenizer
-    config.check()
-    run_folder.require_wandb(config)
-    check_divides(config, source.mesh)
-    checkpoints.check_vocabulary(source.model, tokenizer, "the starting policy")
-    header = annotated.header
-    checkpoints.check_tokenizer(tokenizer, header["vocab_size"], header["tokenizer"], "positions.annotated")
-    if config.sample.temperature == 0:
-        raise InputError("sample.temperature=0: greedy rollouts of a prompt are all the same; use 0.8 (paper) or so")
-    if config.steps < 1 or config.dynamic_sampling.max_rounds < 0:
-        raise InputError(
-            f"steps={config.steps}, dynamic_sampling.max_rounds={config.dynamic_sampling.max_rounds}: use 1 or more "
-            "steps, 0 or more rounds"
-        )
-    for name in ("every", "keep"):
-        if getattr(config.checkpoint, name) < 1:
-            raise InputError(f"checkpoint.{name}={getattr(config.checkpoint, name)}: use 1 or more")
-    if len(positions) < config.batch_size:
-        raise InputError(
-            f"{len(positions)} positions are fewer than batch_size={config.batch_size} prompts a step: lower it, or "
-            "select more with a lower --positions.threshold"
-        )
-    if config.reward.kind == "information_gain" and not positions.indices.all():
-        raise InputError(
-            "reward.kind=information_gain at the first token of a document: without a thought nothing predicts it; "
-            "use --positions.minimum-context of 1 or more"
-        )
-    assemble(tokenizer, source.template, config.prompt, source.documents, [positions[0]])
-
-
-def check_divides(config: Config, mesh: Mesh) -> None:
-    """Raises InputError for a batch, or a microbatch, that does not divide over the mesh."""
-    config.check()
-    check_batch_divides(config.batch_size, mesh)
-    units, microbatches = batch_parts(mesh), config.update.microbatches
-    what = f"update.microbatches={microbatches} on each of {units} devices, which together is "
-    parts_of_groups(config.batch_size, config.sample.group_size, units * microbatches, what)
 
 
 def _on_mesh(params: Params, shardings: Params) -> Params:

@@ -15,6 +15,7 @@ import optax.contrib
 from flax import struct
 
 from rpt_jax.config import ModelConfig, PretrainConfig, UpdateConfig
+from rpt_jax.learning.text_loss import Text, mixed
 from rpt_jax.policy.scorer import score
 from rpt_jax.records import Array, Batch, InputError, Params
 
@@ -276,6 +277,7 @@ def train_step(
     temperature: Array | float,
     response_limit: int | None = None,
     reference_NGR: Array | None = None,
+    text: Text | None = None,
     *,
     model: ModelConfig,
     config: UpdateConfig,
@@ -288,17 +290,21 @@ def train_step(
         response_limit: tokens, for aggregate="constant" only.
         reference_NGR: log-probs of the response tokens under the reference policy at the same temperature, for a
             kl_coefficient above 0 only (nothing is computed for it otherwise).
+        text: for a next_token_share above 0 only; see text_loss.py. `loss` is then the mix's.
         steps: updates of the whole run, for the schedule.
 
     Metrics, over the response tokens of the step: loss, gradient_norm, learning_rate, finite, entropy (nats),
     mismatch_mean and mismatch_max |log-prob(scorer) - log-prob(sampler)|, ratio_mean exp(scorer - sampler),
-    clip_share, kl (if asked for), prompt_tokens, response_tokens, sharing_ratio: how many tokens would
-    run through the decoder without shared prefixes, over those that do; about G (P + R) / (P + G R), and more where
-    prompts have a beginning in common.
+    clip_share, kl and those of text_loss.mixed (if asked for), prompt_tokens, response_tokens, sharing_ratio: how many
+    tokens would run through the decoder without shared prefixes, over those that do; about G (P + R) / (P + G R), and
+    more where prompts have a beginning in common.
     """
     loss, gradients, metrics = loss_and_gradients(
         state.params, batch, temperature, response_limit, reference_NGR, model=model, config=config
     )
+    if text is not None:
+        loss, gradients, of_text = mixed(state.params, loss, gradients, text, model=model, config=config)
+        metrics |= of_text
     with jax.named_scope("update"):
         state, more = apply_gradients(state, loss, gradients, config, steps)
     prompts, responses = jnp.sum(batch.prompt_lengths_N), jnp.sum(batch.lengths_NG)

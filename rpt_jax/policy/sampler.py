@@ -10,6 +10,7 @@ Randomness: the key of a token is folded from (the caller's key, document, posit
 index), never from a slot, so a rollout does not depend on what it is batched with.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -47,6 +48,7 @@ def sample(
     end_ids: tuple[int, ...],
     *,
     limits_NG: Array | None = None,
+    stop: Callable[[np.ndarray], bool] | None = None,
 ) -> Rollouts:
     """Draws `sampling.group_size` rollouts for each prompt; host arrays in and out.
 
@@ -55,6 +57,9 @@ def sample(
     `sampling.temperature` before top-k, top-p and min-p cut it (the distribution that the scorer gives), or at
     temperature 1 when it is 0 (greedy). Work is split over data and fsdp of the mesh that the parameters lie on;
     decoder.gathered says how the parameters lie best.
+
+    stop: asked by the host after each call of the decoder about the tokens of each rollout so far, int32 [R]; where it
+    says yes the rollout ends there, as with an end token. That is up to `sampling.tokens_per_call` tokens late.
     """
     params = decoder.gathered(params, model)
     mesh = mesh_of(params)
@@ -62,18 +67,18 @@ def sample(
         (len(prompts.lengths_N), sampling.group_size), sampling.max_tokens if limits_NG is None else limits_NG
     )
     if mesh is None:
-        return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, 1, lambda tree: tree)
+        return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, stop, 1, lambda tree: tree)
     check_batch_divides(len(prompts.lengths_N), mesh)
     with jax.set_mesh(mesh):
         spread = partial(place, shardings=batch_sharding(mesh))
-        return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, batch_parts(mesh), spread)
+        return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, stop, batch_parts(mesh), spread)
 
 
-def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, units, spread) -> Rollouts:
+def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, stop, units, spread) -> Rollouts:
     """The same in `units` parts; `spread` puts a tree of [units, ...] on their devices."""
     tokens_NT, lengths_N, ids_N2 = to_host((prompts.tokens_NT, prompts.lengths_N, prompts.ids_N2))
     N, G = len(lengths_N), sampling.group_size
-    written = _Written(np.minimum(limits_NG, sampling.max_tokens).reshape(units, -1), end_ids)
+    written = _Written(np.minimum(limits_NG, sampling.max_tokens).reshape(units, -1), end_ids, stop)
     stream, paths_UNT = packed_prompts(tokens_NT, lengths_N, units)
     lengths_UN = lengths_N.reshape(units, -1)
     lasts_UN = np.take_along_axis(paths_UNT, lengths_UN[:, :, None] - 1, axis=2)[:, :, 0]
@@ -84,7 +89,7 @@ def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, units, sp
     while written.alive(seating).any():
         preemption.passing()
         needed = written.needed(seating, sampling.tokens_per_call)
-        if seating is not before or needed > state.cache.positions_BS.shape[1]:
+        if seating is not before or written.stopped or needed > state.cache.positions_BS.shape[1]:
             moves = _moves(before, seating, written, paths_UNT, lengths_UN, G)
             given = prefilled, keys_UY, spread(moves), seating.width
             columns = next(size for size in cache_sizes(sampling) if size >= needed)
@@ -105,8 +110,9 @@ def _sample(params, model, sampling, prompts, key, end_ids, limits_NG, units, sp
 class _Written:
     """What has been drawn so far, on the host: Y rollouts of each unit."""
 
-    def __init__(self, limits_UY: np.ndarray, end_ids: tuple[int, ...]):
-        self.limits_UY, self.end_ids = limits_UY, end_ids
+    def __init__(self, limits_UY: np.ndarray, end_ids: tuple[int, ...], stop: Callable | None):
+        self.limits_UY, self.end_ids, self.stop = limits_UY, end_ids, stop
+        self.stopped = False  # in the last call, one of those that the device takes to go on
         self.tokens_UYR = np.zeros((*limits_UY.shape, int(limits_UY.max(initial=0))), np.int32)
         self.logprobs_UYR = np.zeros(self.tokens_UYR.shape, np.float32)
         self.made_UY, self.ended_UY = np.zeros(limits_UY.shape, np.int32), np.zeros(limits_UY.shape, bool)
@@ -133,6 +139,7 @@ class _Written:
     def note(self, seating: Seating, steps: int, tokens_XB, logprobs_XB, counts_B: np.ndarray) -> None:
         """Takes in what a call of so many steps has drawn: the first counts_B of each column."""
         self.slot_steps += steps * seating.rollouts_US.size
+        self.stopped = False
         for (u, s), count in np.ndenumerate(counts_B.reshape(seating.rollouts_US.shape)):
             if count:
                 y, b = seating.rollouts_US[u, s], u * seating.rollouts_US.shape[1] + s
@@ -143,6 +150,9 @@ class _Written:
                 )
                 self.made_UY[u, y] += count
                 self.ended_UY[u, y] = tokens_XB[count - 1, b] in self.end_ids
+                ended, tokens_R = self.ended_UY[u, y], self.tokens_UYR[u, y, : self.made_UY[u, y]]
+                if self.stop and not ended and self.stop(tokens_R):
+                    self.ended_UY[u, y] = self.stopped = True
 
     def rollouts(self, N: int, G: int, R: int) -> Rollouts:
         by_prompt = (N, G)

@@ -6,14 +6,19 @@ logits never exist all at once. On several devices, call inside jax.set_mesh(mes
 the mesh says.
 """
 
+import math
+
+import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import ModelConfig
 from rpt_jax.kernels.grouped_logprob import grouped_logprob
 from rpt_jax.mesh import laid_out
-from rpt_jax.policy.decoder import forward, forward_stream, output_head, positions_from_lengths
+from rpt_jax.policy.decoder import forward, forward_stream, logits, output_head, positions_from_lengths
 from rpt_jax.policy.stream import Stream, padded
 from rpt_jax.records import Array, Params
+
+GREEDY_CHUNK = 256  # response tokens of a unit whose logits exist at one time in score_greedy
 
 
 def score(
@@ -49,16 +54,31 @@ def score(
         out = _head(params, model, hidden_NGRD, tokens_NGR, live_NGR, temperature, token_chunk)
         return out.logprob, out.entropy
     stream = padded(*rollouts) if stream is None else stream
-    hidden_UTD = laid_out(forward_stream(params, model, stream), "batch")
-    hidden_UXD = jnp.take_along_axis(hidden_UTD, stream.predictors_UX[:, :, None], axis=1, mode="clip")
-    live_UX = stream.targets_UX >= 0
-    out = _head(params, model, hidden_UXD, jnp.maximum(stream.targets_UX, 0), live_UX, temperature, token_chunk)
+    out = _stream_head(params, model, _predicting(params, model, stream), stream, temperature, token_chunk)
 
     def in_place(values_UX):
         values_UY = jnp.take_along_axis(jnp.pad(values_UX, ((0, 0), (0, 1))), stream.places_UY, axis=1, mode="clip")
         return values_UY.reshape(tokens_NGR.shape)
 
     return in_place(out.logprob), in_place(out.entropy)
+
+
+def score_greedy(params: Params, model: ModelConfig, stream: Stream, token_chunk: int = 0) -> tuple[Array, Array]:
+    """(logprobs_UX, greedy_UX) of a stream's response tokens: nats under softmax(z), and bool: it is the arg-max of z.
+
+    The arg-max is over all rows of the head, the lowest id of equal ones, as the sampler at temperature 0 takes it.
+    Both are in the stream's order (places_UY says where a response's tokens are) and mean nothing in padding.
+    """
+    hidden_UXD = _predicting(params, model, stream)
+    out = _stream_head(params, model, hidden_UXD, stream, 1.0, token_chunk)
+    U, X, D = hidden_UXD.shape
+    some = math.gcd(X, token_chunk or GREEDY_CHUNK)
+
+    def best(hidden_UCD):
+        return jnp.argmax(logits(params, model, hidden_UCD), axis=-1).astype(jnp.int32)
+
+    best_JUC = jax.lax.map(best, hidden_UXD.reshape(U, X // some, some, D).swapaxes(0, 1))
+    return out.logprob, best_JUC.swapaxes(0, 1).reshape(U, X) == stream.targets_UX
 
 
 def score_tokens(
@@ -76,6 +96,17 @@ def score_tokens(
     hidden_BSD, targets_BS, live_BS = hidden_BTD[:, :-1], tokens_BT[:, 1:], positions_BT[:, 1:] >= 0
     out = _head(params, model, hidden_BSD, targets_BS, live_BS, temperature, token_chunk)
     return jnp.pad(out.logprob, ((0, 0), (1, 0)))
+
+
+def _predicting(params, model, stream):
+    """The hidden states that predict a stream's response tokens, [U, X, D]."""
+    hidden_UTD = laid_out(forward_stream(params, model, stream), "batch")
+    return jnp.take_along_axis(hidden_UTD, stream.predictors_UX[:, :, None], axis=1, mode="clip")
+
+
+def _stream_head(params, model, hidden_UXD, stream, temperature, token_chunk):
+    live_UX = stream.targets_UX >= 0
+    return _head(params, model, hidden_UXD, jnp.maximum(stream.targets_UX, 0), live_UX, temperature, token_chunk)
 
 
 def _head(params, model, hidden, targets, live, temperature, token_chunk):

@@ -1,1 +1,1 @@
-"""What came out: evaluation, plots, the quickstart."""
+"""What came out: evaluation, samples, patterns, the report, the quickstart."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from rpt_jax.config import ModelConfig, PretrainConfig
 from rpt_jax.corpus import arithmetic
-from rpt_jax.corpus.prompts import load_template
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
 from rpt_jax.learning.pretrain import Example, plain, pretrain, row_batches, supervised
 from rpt_jax.policy import decoder
@@ -49,7 +49,8 @@ STAGES = (  # (share of the steps, mixture)
 class BaseConfig:
     """How the base is made."""
 
-    traces: Literal["default", "short"] = "default"  # short: no careful thoughts about permuted 3, total 4, total 5
+    # short: no careful thoughts about permuted 3, total 4, total 5 | none: plain texts alone, no cold start
+    traces: Literal["default", "short", "none"] = "default"
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -64,6 +65,18 @@ class BaseConfig:
         steps=600,
         token_chunk=4096,
     )
+
+
+def stages(config: BaseConfig) -> tuple[tuple[float, Mixture], ...]:
+    """(share of the steps, mixture) of each stage: STAGES, or with traces="none" plain texts in all of them."""
+    if config.traces == "none":
+        return tuple((share, Mixture(plain=1.0)) for share, _ in STAGES)
+    return STAGES
+
+
+def traced(config: BaseConfig) -> dict[tuple[str, int], float]:
+    """How often careful thoughts about each (family, steps) are shown."""
+    return {"default": arithmetic.TRACED, "short": arithmetic.TRACED_SHORT, "none": {}}[config.traces]
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
@@ -126,15 +139,14 @@ def mixture_batches(
     tokenizer: Tokenizer, config: BaseConfig, mixture: Mixture, batch_size: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless training batches of one stage."""
-    traced = arithmetic.TRACED if config.traces == "default" else arithmetic.TRACED_SHORT
-    rng = np.random.default_rng(seed)
-    examples = [draw_example(tokenizer, mixture, traced, rng) for _ in range(config.examples)]
+    shown, rng = traced(config), np.random.default_rng(seed)
+    examples = [draw_example(tokenizer, mixture, shown, rng) for _ in range(config.examples)]
     return row_batches(examples, batch_size, config.pretrain.sequence_length, seed, buckets=4)
 
 
 def staged_batches(tokenizer: Tokenizer, config: BaseConfig, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The batches of all stages, one behind the other; at least config.pretrain.steps."""
-    for stage, (share, mixture) in enumerate(STAGES):
+    for stage, (share, mixture) in enumerate(stages(config)):
         seed_of_stage = len(STAGES) * seed + stage
         batches = mixture_batches(tokenizer, config, mixture, config.pretrain.batch_size, seed_of_stage)
         yield from itertools.islice(batches, math.ceil(share * config.pretrain.steps))

@@ -9,6 +9,9 @@ evaluated once.
     reasoning   rollouts from the prompt, their answers parsed and rewarded by prefix matching as in training. Most of
                 the paper's 3.31 % before training is failure of format, so the format rate stands beside it
 
+Where the targets are segments (positions.target), reasoning is right that names all of the segment, as in training;
+prefix matching within it stands beside that, and there is no arg-max.
+
 The key of a rollout depends on the seed and its position only: policies evaluated with one seed are compared under
 the same noise, and neither the batch size nor the other positions change a result.
 """
@@ -25,19 +28,20 @@ from jax.sharding import Mesh
 
 from rpt_jax import preemption
 from rpt_jax.config import EvaluateConfig, ModelConfig, PromptConfig, SampleConfig
-from rpt_jax.corpus.positions import Position, Positions
-from rpt_jax.corpus.prompts import Template, assemble, parse_answers
-from rpt_jax.learning.rewards import prefix_matching
+from rpt_jax.corpus.positions import Positions
+from rpt_jax.corpus.prompts import assemble, parse_answers
+from rpt_jax.corpus.templates import Template
+from rpt_jax.learning.rewards import Outcomes, prefix_matching, right
 from rpt_jax.mesh import batch_sharding, place, to_host
 from rpt_jax.policy import decoder
 from rpt_jax.policy.proxy import text_logits
 from rpt_jax.policy.sampler import sample as sample_rollouts
 from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
+from rpt_jax.study.held_out import Splits, choose_positions
 
 KEY = 2**31 - 1  # folded into the seed's key where training folds its step in, so that the two never share a key
 
-Splits = Mapping[str, Positions | Sequence[Position]]
 Documents = Mapping[int, np.ndarray] | Sequence[np.ndarray]  # [document number] -> token ids
 
 
@@ -45,10 +49,11 @@ Documents = Mapping[int, np.ndarray] | Sequence[np.ndarray]  # [document number]
 class Reasoning:
     """What the rollouts of each position came to."""
 
-    rewards_NG: np.ndarray  # float32, prefix matching
+    rewards_NG: np.ndarray  # float32, 1 where the answer is right
     lengths_NG: np.ndarray  # int32 tokens sampled, the end token included
     answers: list[list[bytes | None]]  # N rows of G; None: nothing that can be parsed
     responses: list[list[np.ndarray]]  # token ids, a prefill included
+    prefix_NG: np.ndarray  # float32, prefix matching; that of a next token is rewards_NG
 
     @property
     def formatted_NG(self) -> np.ndarray:
@@ -63,8 +68,8 @@ class Evaluation:
 
     positions: Positions
     splits: dict[str, np.ndarray]  # int rows, ascending
-    argmax_tokens_N: np.ndarray  # int32
-    argmax_right_N: np.ndarray  # bool
+    argmax_tokens_N: np.ndarray | None  # int32; None for segments
+    argmax_right_N: np.ndarray | None  # bool
     sampled: Reasoning
     greedy: Reasoning | None
     pass_at: int  # k of Pass@k
@@ -73,13 +78,17 @@ class Evaluation:
         """Accuracies over some rows (indexes or a mask), fit for JSON.
 
         argmax, reasoning (mean reward over rollouts and positions), pass_at_k, format_rate, response_length (tokens),
-        greedy and greedy_format_rate where measured, positions; None where there are no positions. standard_errors
+        greedy and greedy_format_rate where measured, positions; for segments no argmax, but prefix, the mean of prefix
+        matching within the segment; None where there are no positions. standard_errors
         are of means over positions (binomial where a position has one outcome), as if positions were independent,
         which those of one document are not quite; standard_error is that of reasoning.
         """
         sampled, greedy = self.sampled, self.greedy
-        values = {
-            "argmax": self.argmax_right_N[rows],
+        if self.argmax_right_N is None:
+            values = {"prefix": sampled.prefix_NG[rows].mean(axis=1, dtype=np.float64)}
+        else:
+            values = {"argmax": self.argmax_right_N[rows]}
+        values |= {
             "reasoning": sampled.rewards_NG[rows].mean(axis=1, dtype=np.float64),
             "pass_at_k": pass_at_k(sampled.rewards_NG[rows], self.pass_at),
             "format_rate": sampled.formatted_NG[rows].mean(axis=1),
@@ -87,7 +96,7 @@ class Evaluation:
         }
         if greedy is not None:
             values |= {"greedy": greedy.rewards_NG[rows, 0], "greedy_format_rate": greedy.formatted_NG[rows, 0]}
-        count = len(values["argmax"])
+        count = len(values["reasoning"])
         means = {name: float(np.mean(value_N)) if count else None for name, value_N in values.items()}
         errors = {name: float(np.std(value_N) / count**0.5) if count else None for name, value_N in values.items()}
         return means | {"positions": count, "standard_error": errors["reasoning"], "standard_errors": errors}
@@ -129,11 +138,12 @@ def evaluate(
 
     Raises InputError for settings that clash and for positions without a token before them.
     """
-    _check(config)
+    check_settings(config)
     positions, rows_of = choose_positions(splits, config.positions, seed)
     if not len(positions):
         raise InputError(f"no position to evaluate in {', '.join(splits) or 'no split'}: give held-out positions")
-    done, batches = 0, (2 + config.greedy) * -(-len(positions) // config.batch_size)
+    whole = positions.lengths is not None
+    done, batches = 0, (1 + (not whole) + config.greedy) * -(-len(positions) // config.batch_size)
 
     def tick():
         nonlocal done
@@ -142,10 +152,13 @@ def evaluate(
             progress(done, batches)
 
     shared = {"batch_size": config.batch_size, "tick": tick}
-    tokens_N = argmax_tokens(
-        params, model, documents, positions, limit=prompt.max_tokens, banned_ids=banned_ids, mesh=mesh, **shared
-    )
-    truth_N = [documents[d][t] for d, t in zip(positions.documents, positions.indices, strict=True)]
+    tokens_N = right_N = None
+    if not whole:
+        tokens_N = argmax_tokens(
+            params, model, documents, positions, limit=prompt.max_tokens, banned_ids=banned_ids, mesh=mesh, **shared
+        )
+        truth_N = [documents[d][t] for d, t in zip(positions.documents, positions.indices, strict=True)]
+        right_N = tokens_N == np.array(truth_N, np.int32)
     policy = decoder.gathered(params, model), model, tokenizer
     think = partial(reason, *policy, template, documents, positions, prompt=prompt, seed=seed)
     shared |= {"end_ids": end_ids, "prefill": prefill}
@@ -155,31 +168,11 @@ def evaluate(
         positions=positions,
         splits=rows_of,
         argmax_tokens_N=tokens_N,
-        argmax_right_N=tokens_N == np.array(truth_N, np.int32),
+        argmax_right_N=right_N,
         sampled=think(sampling=sampled, **shared),
         greedy=think(sampling=greedy, **shared) if config.greedy else None,
         pass_at=config.pass_at or config.group_size,
     )
-
-
-def choose_positions(splits: Splits, count: int, seed: int) -> tuple[Positions, dict[str, np.ndarray]]:
-    """(distinct positions by document and index, rows of each split): `count` of each split, 0 or too many: all.
-
-    Those that come first in an order drawn from the seed by (document, index) alone: the choice within a split does
-    not depend on the others, and nested splits share as many as they can.
-    """
-    tables = {name: _table(positions) for name, positions in splits.items()}
-    chosen = {name: np.unique(ids[_lots(ids, seed).argsort()][: count or None]) for name, (ids, _) in tables.items()}
-    every = np.concatenate([np.zeros(0, np.uint64), *(ids for ids, _ in tables.values())])
-    entropies = np.concatenate([np.zeros(0, np.float32), *(entropies for _, entropies in tables.values())])
-    distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *chosen.values()]))
-    known, first = np.unique(every, return_index=True)
-    positions = Positions(
-        (distinct >> np.uint64(32)).astype(np.int32),
-        (distinct & np.uint64(0xFFFFFFFF)).astype(np.int32),
-        entropies[first[np.searchsorted(known, distinct)]],
-    )
-    return positions, {name: np.searchsorted(distinct, ids) for name, ids in chosen.items()}
 
 
 def argmax_tokens(
@@ -250,13 +243,16 @@ def reason(
     prompts = _prompts(tokenizer, template, prompt, documents, positions, prefill_R)
     key = jax.random.fold_in(jax.random.key(seed), KEY)
     N, G = len(positions), sampling.group_size
-    made = Reasoning(np.zeros((N, G), np.float32), np.zeros((N, G), np.int32), [[]] * N, [[]] * N)
+    whole = positions.lengths is not None and bool(positions.lengths.any())
+    scores_NG = np.zeros((N, G), np.float32)
+    made = Reasoning(scores_NG, np.zeros((N, G), np.int32), [[]] * N, [[]] * N, scores_NG.copy())
     for rows, filled, T in _batches(prompts.lengths_N, batch_size):
         batch = jax.tree.map(lambda leaf, filled=filled: leaf[filled], prompts)
         batch = batch.replace(tokens_NT=batch.tokens_NT[:, :T])
         rollouts = _with_prefill(sample_rollouts(params, model, sampling, batch, key, end_ids), prefill_R)
         answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
-        made.rewards_NG[rows] = prefix_matching(answers, batch)[: len(rows)]
+        made.prefix_NG[rows] = prefix_matching(answers, batch)[: len(rows)]
+        made.rewards_NG[rows] = right(Outcomes(answers, batch, whole=whole))[: len(rows)]
         made.lengths_NG[rows] = rollouts.lengths_NG[: len(rows)] - len(prefill_R)
         for n, row in enumerate(rows):
             made.answers[row] = answers[n]
@@ -315,24 +311,8 @@ def _with_prefill(rollouts: Rollouts, prefill_R: np.ndarray) -> Rollouts:
     return rollouts.replace(tokens_NGR=tokens_NGR, lengths_NG=rollouts.lengths_NG + len(prefill_R))
 
 
-def _table(positions: Positions | Sequence[Position]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, entropies); an id is document and index in one uint64."""
-    if not isinstance(positions, Positions):
-        rows = [(p.document, p.index, p.entropy) for p in positions]
-        positions = Positions(*map(np.array, zip(*rows, strict=True) if rows else [()] * 3))
-    ids = positions.documents.astype(np.uint64) << np.uint64(32) | positions.indices.astype(np.uint64)
-    return ids, positions.entropies.astype(np.float32)
-
-
-def _lots(ids: np.ndarray, seed: int) -> np.ndarray:
-    """A number for each id that looks random and depends on it and the seed alone (finaliser of MurmurHash3)."""
-    x = ids ^ (np.array([seed % 2**64], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
-    return x ^ (x >> np.uint64(33))
-
-
-def _check(config: EvaluateConfig) -> None:
+def check_settings(config: EvaluateConfig) -> None:
+    """Raises InputError for settings that clash."""
     if config.batch_size < 1 or config.group_size < 1:
         raise InputError(
             f"evaluate.batch_size={config.batch_size}, evaluate.group_size={config.group_size}: use 1 or more of each"

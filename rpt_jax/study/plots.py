@@ -64,7 +64,7 @@ def learning_curve(
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if is_share:
             axis.set_ylim(-0.02, 1.02)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axis.set_ylim(bottom=0)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -101,7 +101,7 @@ def before_after(
     axis.tick_params(axis="x", length=0)
     axis.set_ylim(0, 1.08)
     axis.set_yticks(np.linspace(0, 1, 6))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_ylabel("next-token accuracy", fontsize=11, color=INK)
     if note:
         axis.set_xlabel(note, fontsize=10, color=QUIET, labelpad=8)
@@ -156,7 +156,7 @@ def curves(panels: Sequence[Panel], path: str | Path, *, title: str) -> Path:
         if panel.decades:
             axis.set_xscale("log")
         if panel.shares:
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_ylim(0, panel.top)
         axis.legend(loc="best", fontsize=9, frameon=False, labelcolor=INK)
     for axis in axes[len(panels) :]:

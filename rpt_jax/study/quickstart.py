@@ -29,24 +29,22 @@ from rpt_jax.config import (
     EvaluateConfig,
     ModelConfig,
     PositionConfig,
-    PretrainConfig,
     PromptConfig,
     SampleConfig,
     UpdateConfig,
-    to_dict,
 )
+from rpt_jax.config_dict import to_dict
 from rpt_jax.corpus import arithmetic
 from rpt_jax.corpus.positions import AnnotatedDocuments, Positions, difficulty_splits, open_annotated, select_positions
-from rpt_jax.corpus.prompts import load_template
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.learning.checkpoints import load_policy, save_policy
 from rpt_jax.learning.collect import end_ids
-from rpt_jax.learning.pretrain import pretrain, row_batches, supervised
+from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.learning.train import train
-from rpt_jax.policy import flops
 from rpt_jax.policy.proxy import annotate
 from rpt_jax.records import InputError, Params
-from rpt_jax.study.base import END, STAGES, BaseConfig, mixture_batches, train_base
+from rpt_jax.study import controls
+from rpt_jax.study.base import END, BaseConfig, traced, train_base
 from rpt_jax.study.evaluate import Evaluation, evaluate
 from rpt_jax.study.quickstart_results import collect_results, show_table, show_thoughts, write_plots
 
@@ -124,9 +122,9 @@ def main(config: QuickstartConfig, console: Console | None = None) -> dict:
     rows = [json.loads(line) for line in (folder / "rpt" / "metrics.jsonl").read_text().splitlines()]
     spent = rpt_flops(rows)
     say(f"[bold]4/5 controls[/] the same {spent:.2e} FLOPs on next tokens, and on answers without thoughts")
-    for name, control in (("next_token", next_token_control), ("sft", sft_control)):
-        other = clock.run("controls", control, config, policy, annotated, positions, spent, say)
-        evaluations[name] = clock.run("evaluate", examine, config, other, examined, splits)
+    for name in ("next_token", "sft"):
+        other = clock.run("controls", train_control, name, config, policy, annotated, positions, spent, say)
+        evaluations[name] = clock.run("evaluate", examine, config, other.policy, examined, splits)
     say("[bold]5/5 results[/]")
     about = {"seed": config.seed, "from_scratch": config.from_scratch, "traces": config.base.traces, "flops": spent}
     results = about | {"seconds": clock.total()} | collect_results(evaluations, exam, policy[2])
@@ -163,6 +161,14 @@ def load_base(config: QuickstartConfig, folder: Path, say: Callable) -> POLICY:
     provenance = {"made_by": "rpt quickstart --from-scratch", "seed": config.seed, "base": to_dict(config.base)}
     save_policy(folder / "base", model, params, tokenizer, provenance)
     return model, params, tokenizer
+
+
+def prepare(config: QuickstartConfig, folder: Path, say: Callable) -> None:
+    """What runs on this base share: folder/base, and its annotations of all texts in annotated/ and held_out/."""
+    policy = load_base(config, folder, say)
+    texts, exam = make_documents(config)
+    annotate_texts(policy, texts, folder / "annotated")
+    annotate_texts(policy, exam, folder / "held_out")
 
 
 def make_documents(config: QuickstartConfig) -> tuple[list[arithmetic.Problem], list[arithmetic.Problem]]:
@@ -208,8 +214,7 @@ def evaluation_splits(
     problems = [exam[document] for document in hard.documents]
     answer_at = np.array([len(tokenizer.encode(problem.context)) for problem in problems])
     is_answer = hard.indices == answer_at
-    traced = arithmetic.TRACED if base.traces == "default" else arithmetic.TRACED_SHORT
-    untraced = np.array([(p.family, p.steps) not in traced for p in problems])
+    untraced = np.array([(p.family, p.steps) not in traced(base) for p in problems])
     sensitive = np.array([p.family == "permuted" and p.naive != p.answer for p in problems])
     splits = {
         "hard": hard,
@@ -270,44 +275,15 @@ def rpt_flops(rows: Sequence[dict]) -> float:
     return sum(row["flops_sample"] + row["flops_update"] for row in rows)
 
 
-def next_token_control(config, policy: POLICY, annotated, positions, spent: float, say) -> POLICY:
-    """Continued training on the base's own last mixture, thoughts kept in."""
-    model, params, tokenizer = policy
-    batches = mixture_batches(tokenizer, config.base, STAGES[-1][1], 64, 1_000_000 + config.seed)
-    return model, spend(config, policy, batches, spent, config.next_token_learning_rate, "next tokens", say), tokenizer
-
-
-def sft_control(config, policy: POLICY, annotated, positions: Positions, spent: float, say) -> POLICY:
-    """Supervised answers, without a thought, to the positions that RPT learns from."""
-    model, params, tokenizer = policy
-    head, tail = tokenizer.encode_markup(BARE.before), tokenizer.encode_markup(BARE.after)
-    examples = []
-    for document, index in zip(positions.documents, positions.indices, strict=True):
-        tokens = annotated.documents[document].tolist()
-        answer = tokens[index : index + 1]
-        box = tokenizer.encode_markup("</think>\\boxed{"), tokenizer.encode_markup("}" + END)
-        examples.append(supervised([*head, *tokens[:index], *tail], [*box[0], *answer, *box[1]]))
-    batches = row_batches(examples, 64, config.base.pretrain.sequence_length, config.seed, buckets=4)
-    return model, spend(config, policy, batches, spent, config.sft_learning_rate, "answers", say), tokenizer
-
-
-def spend(config, policy: POLICY, batches, budget: float, learning_rate: float, what: str, say) -> Params:
-    """Trains on batches until the FLOPs of `budget` are used up; tokens in padding are not counted."""
-    model, params, _ = policy
-    kept, used = [], 0.0
-    while used < budget:
-        batch = next(batches)
-        live = int((batch[0] != 0).sum())
-        used += flops.pretraining(model, len(batch[0]), live)
-        kept.append(batch)
-    settings = PretrainConfig(
-        learning_rate=learning_rate, warmup_steps=20, beta2=0.98, steps=len(kept), schedule="linear", optimizer="adamw"
-    )
-
-    def report(step, metrics):
-        say(f"    {what}: step {step}/{len(kept)}  loss {metrics['loss']:.3f}", highlight=False)
-
-    return jax.device_get(pretrain(params, model, settings, iter(kept), report, report_every=100))
+def train_control(
+    name: str, config: QuickstartConfig, policy: POLICY, annotated, positions: Positions, budget: float, say
+) -> controls.Trained:
+    """The control of that name, at its learning rate."""
+    if name == "next_token":
+        rate = config.next_token_learning_rate
+        return controls.next_token_control(policy, config.base, budget, rate, config.seed, say)
+    length, rate = config.base.pretrain.sequence_length, config.sft_learning_rate
+    return controls.sft_control(policy, annotated, positions, BARE, length, budget, rate, config.seed, say)
 
 
 def examine(

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 import rpt_jax
-from rpt_jax.config import Config, to_dict
-from rpt_jax.learning.checkpoints import read_json
+from rpt_jax.config import Config
+from rpt_jax.config_dict import to_dict
+from rpt_jax.learning.policy_folder import read_json
 from rpt_jax.learning.run_folder import flat
 from rpt_jax.records import InputError
 

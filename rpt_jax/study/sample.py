@@ -20,11 +20,12 @@ from rpt_jax import mesh as meshes
 from rpt_jax.config import Config, MeshConfig, ModelConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.pieces import number_within, readable_pieces
 from rpt_jax.corpus.positions import Position
-from rpt_jax.corpus.prompts import THOUGHT_END, Template, answer_start, assemble, load_template, parse_answers
+from rpt_jax.corpus.prompts import THOUGHT_END, answer_start, assemble, parse_answers
+from rpt_jax.corpus.templates import Template, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.learning import run_folder
-from rpt_jax.learning.checkpoints import load_policy
 from rpt_jax.learning.collect import end_ids
+from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder
 from rpt_jax.policy.sampler import sample
 from rpt_jax.records import InputError, Params, Prompts

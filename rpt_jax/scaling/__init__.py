@@ -1,0 +1,1 @@
+"""The scaling study: sweeps over sizes, budgets and seeds, and the law that their rows follow or not."""
