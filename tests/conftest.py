@@ -28,6 +28,16 @@ hypothesis.settings.register_profile("rpt", derandomize=True, deadline=None, dat
 hypothesis.settings.load_profile("rpt")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drops compiled programs when the process holds many: each is several memory mappings, the kernel allows a process
+    65,530 (vm.max_map_count), and the process that asks for one more is killed."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real data sets and tokenizers; skips the test where there is none."""
