@@ -3,14 +3,17 @@ checkpoint; a folder that holds another run is refused with both values; numbers
 
 import dataclasses
 import json
+import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import toy
+from tensorboardX.proto.event_pb2 import Event
 
 from rpt_jax.config import CorpusConfig, MeshConfig, UpdateConfig
-from rpt_jax.learning import run_folder
+from rpt_jax.learning import run_folder, tensorboard
 from rpt_jax.records import InputError
 
 IDENTITY = {"starting_policy": "00ff00ff", "template": ["<predict>", "<think>"]}
@@ -140,12 +143,26 @@ def test_steps_may_not_change_under_a_schedule_that_ends_with_them(config):
         run_folder.require_same_run(dataclasses.replace(config, steps=99), IDENTITY, 2)
 
 
-def test_every_number_reaches_tensorboard(config, monkeypatch):
-    seen = []
-    writer = SimpleNamespace(add_scalar=lambda *args: seen.append(args), close=lambda: None)
-    monkeypatch.setattr(run_folder, "SummaryWriter", lambda folder, purge_step: writer)
+def events_of(path) -> list[Event]:
+    """Records of length, its checksum, an event, its checksum."""
+    content, events = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_every_number_reaches_tensorboard(config):
+    """At once; a run that goes on says from where."""
     write(config, [3])
-    assert seen == [("seconds", 0.5, 3), ("reward", 0.3, 3), ("evaluate/hard/reasoning", 0.5, 3)]
+    (first,) = Path(config.run_folder, "tensorboard").iterdir()
+    shown = [(value.tag, value.simple_value, each.step) for each in events_of(first) for value in each.summary.value]
+    assert shown == [("seconds", 0.5, 3), ("reward", pytest.approx(0.3), 3), ("evaluate/hard/reasoning", 0.5, 3)]
+    events = tensorboard.open_events(first.parent.with_name("again"), 3)
+    events.close()
+    (again,) = first.parent.with_name("again").iterdir()
+    assert [each.step for each in events_of(again) if each.HasField("session_log")] == [4]
 
 
 def test_weights_and_biases_gets_the_same(config, monkeypatch):

@@ -31,13 +31,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
 
 from rpt_jax.agreement import in_first_process
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.learning import checkpoints
+from rpt_jax.learning import checkpoints, tensorboard
 from rpt_jax.learning.policy_folder import read_json
 from rpt_jax.records import InputError
 
@@ -55,7 +55,7 @@ class RunLog:
     """An open run folder."""
 
     folder: Path
-    tensorboard: SummaryWriter | None  # None in processes that write nothing
+    tensorboard: EventsWriter | None  # None in processes that write nothing
     wandb: Any = None  # the run of Weights & Biases, if asked for
 
 
@@ -81,8 +81,7 @@ def open_run(config: Config, tokenizer: Tokenizer, start: int | None, identity: 
         _cut(folder / stream, start)
     if start is None:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if start is None else start + 1)
-    log = RunLog(folder, writer, _wandb(config, name))
+    log = RunLog(folder, tensorboard.open_events(folder / "tensorboard", start), _wandb(config, name))
     try:
         yield log
     finally:
@@ -132,7 +131,6 @@ def keep_copy(log: RunLog, config: Config) -> None:
     """Copies the run's small files beside its checkpoints, where those have a folder of their own."""
     if log.tensorboard is None or not config.checkpoint.folder:
         return
-    log.tensorboard.flush()
     there = checkpoints.folder_of(config) / KEPT
     for name in (*STREAMS, "config.json", "results.json", "tokenizer", "tensorboard"):
         if (log.folder / name).exists():
@@ -292,8 +290,7 @@ def _wandb(config, name):
 
 def _write_scalars(log, row, step):
     numbers = {k: v for k, v in flat(row).items() if isinstance(v, (int, float)) and k.split("/")[-1] != "step"}
-    for name, value in numbers.items():
-        log.tensorboard.add_scalar(name, value, step)
+    tensorboard.write_scalars(log.tensorboard, numbers, step)
     if log.wandb:
         log.wandb.log(numbers, step=step)
 
