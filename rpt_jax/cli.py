@@ -1,8 +1,8 @@
 """The command line: `rpt COMMAND`. Settings come from the dataclasses, so no flag is written by hand.
 
 What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
-that is not finite, a plan that does not fit or a cell of a sweep that failed, 2 input that cannot be used, 128 + signal
-when told to stop (all saved), 3 where another host of the run is gone.
+that is not finite, a plan that does not fit or a cell of a sweep that failed, 2 input that cannot be used or a full
+disk, 128 + signal when told to stop (all saved), 3 where another host of the run is gone.
 """
 
 import json
@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        from rpt_jax import agreement
+    except Exception as error:
+        from rpt_jax import agreement, disk
 
+        disk.end_if_full(error)
         agreement.end_if_host_lost(error)
         raise
     if "commands" in figures and not as_json:  # for a shell: nothing else on stdout

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import toy
 
-from rpt_jax import agreement, preemption
+from rpt_jax import agreement, disk, preemption
 from rpt_jax.config import CheckpointConfig, Config, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
 from rpt_jax.learning import checkpoints, train
 from rpt_jax.mesh import make_mesh, start_distributed, to_host
@@ -65,13 +65,14 @@ def flat(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def start(folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, **options) -> list[subprocess.Popen]:
+def start(folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, steps=20, **options) -> list[subprocess.Popen]:
     """Starts the processes of one run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    shared = [f"--processes={processes}", f"--port={port}", f"--devices={devices}", "--mesh", *map(str, mesh)]
+    shared = [f"--processes={processes}", f"--port={port}", f"--devices={devices}", f"--steps={steps}"]
+    shared += ["--mesh", *map(str, mesh)]
     return [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), f"--process={process}", f"--seed={seeds[process] if seeds else 4}"]
@@ -135,7 +136,8 @@ def main():
     with marked(Path(f"{given.folder}.phase{given.process}")):
         try:
             state = run(config, mesh=make_mesh(config.mesh))
-        except RuntimeError as error:  # as the command line does
+        except Exception as error:  # as the command line does
+            disk.end_if_full(error)
             agreement.end_if_host_lost(error)
             raise
     if given.process == 0:
