@@ -19,7 +19,7 @@ def end_if_full(error: BaseException) -> None:
     where = next((f" for {each.filename}" for each in chain(error) if getattr(each, "filename", None)), "")
     print(
         f"rpt: no space left on the disk{where}: free some and give the same command again; a run goes on from its "
-        "newest checkpoint, which is whole",
+        "newest whole checkpoint",
         file=sys.stderr,
     )
     sys.stdout.flush()

@@ -76,6 +76,20 @@ def test_a_host_that_dies_takes_the_other_with_it(faults):
     assert both[0].returncode == agreement.EXIT_LOST and "lost another one" in said and "newest checkpoint" in said
 
 
+def test_a_checkpoint_that_one_process_cannot_read_ends_both(faults):
+    """Each says which; Orbax would let the other one wait for minutes. On (1, 2, 1) a process reads its own half."""
+    folder = faults / "halves"
+    toy_run.finish(toy_run.start(folder, devices=1, mesh=(1, 2, 1), steps=3))
+    written = (folder / "checkpoints" / "3" / "params" / "ocdbt.process_1" / "d").iterdir()
+    data = max(written, key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    both = toy_run.start(folder, devices=1, mesh=(1, 2, 1), steps=4)
+    first, second = toy_run.finish(both)
+    assert [process.returncode for process in both] == [1, 1]
+    assert "process 1: checkpoint" in first and "cannot be read" in first
+    assert "process 1: " not in second and "cannot be read" in second
+
+
 @pytest.mark.parametrize(("number", "phase"), [(signal.SIGKILL, "SAVE"), (signal.SIGTERM, "SAMP")])
 def test_a_run_that_was_struck_ends_as_the_one_that_was_not(faults, number, phase):
     """The campaign in fault_campaign.py, with few faults."""

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from rpt_jax.agreement import together
 from rpt_jax.config import CheckpointConfig, Config
 from rpt_jax.learning.update import TrainState
 from rpt_jax.policy.fingerprint import fingerprint
@@ -42,9 +43,17 @@ def folder_of(config: Config) -> epath.Path:
 
 
 def open_checkpoints(folder: str | Path, keep: int, read_only: bool = False) -> Manager:
-    """The checkpoints of a run, saved in the background; the newest `keep` are kept. Close it to wait for the last."""
+    """The checkpoints of a run, saved in the background; the newest `keep` are kept. Close it to wait for the last.
+
+    read_only: each process reads for itself. Orbax would let the others wait for one that cannot.
+    """
+    own = jax.process_index()
+    processes = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}) if read_only else None
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep, enable_async_checkpointing=not read_only, read_only=read_only
+        max_to_keep=None if read_only else keep,
+        enable_async_checkpointing=not read_only,
+        read_only=read_only,
+        **({"multiprocessing_options": processes} if processes and jax.process_count() > 1 else {}),
     )
     folder = epath.Path(folder)
     where = folder if "://" in str(folder) else folder.resolve()  # which would make gs://bucket a local folder
@@ -128,26 +137,30 @@ def _restore(manager, step, items):
     if step not in manager.all_steps():
         there = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
         raise InputError(f"no checkpoint {folder}; whole ones in {folder.parent}: {there}")
-    try:
-        found = manager.restore(step, args=items)
-        for name, wanted in found.host.get("fingerprints", {}).items():  # earlier checkpoints have none
-            if name in found and fingerprint(found[name]) != wanted:
-                raise ValueError(f"{name} differs from what was saved")
-        return found
-    except NOT_OF_THE_FILES:
-        raise
-    except Exception as error:  # Orbax raises this very class for a file that is cut short
-        others = sorted(set(manager.all_steps()) - {step})
-        before = f"--checkpoint.on-damaged previous continues from step {others[-1]}" if others else ""
-        remedy = before or "start the run anew"
-        raise InputError(
-            f"checkpoint {folder} cannot be read: {first_line(error)}; if it belongs to this model it is damaged: "
-            f"{remedy}"
-        ) from error
+    with together():
+        try:
+            found = manager.restore(step, args=items)
+        except NOT_OF_THE_FILES:
+            raise
+        except Exception as error:  # Orbax raises this very class for a file that is cut short
+            raise _damaged(manager, step, first_line(error)) from error
+    for name, wanted in found.host.get("fingerprints", {}).items():  # earlier checkpoints have none
+        if name in found and fingerprint(found[name]) != wanted:
+            raise _damaged(manager, step, f"{name} differs from what was saved")
+    return found
+
+
+def _damaged(manager: Manager, step: int, how: str) -> InputError:
+    others = sorted(set(manager.all_steps()) - {step})
+    before = f"--checkpoint.on-damaged previous continues from step {others[-1]}" if others else ""
+    return InputError(
+        f"checkpoint {manager.directory / str(step)} cannot be read: {how}; if it belongs to this model it is damaged: "
+        f"{before or 'start the run anew'}"
+    )
 
 
 def first_line(error) -> str:
-    """Of the error at the bottom of it."""
+    """Of the error at the bottom of it, without the settings of tensorstore, which are pages."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
