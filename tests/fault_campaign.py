@@ -9,6 +9,7 @@ end. About 20 s a run and process on two cores.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import os
@@ -17,6 +18,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ import toy_run
 
 from rpt_jax.learning import checkpoints, run_folder
 
-COLUMNS = ("processes", "signal", "aimed_at", "phase", "step", "continued_from", "restarts", "same", "seconds")
+COLUMNS = ("processes", "fault", "aimed_at", "phase", "step", "continued_from", "restarts", "same", "seconds", "said")
 
 
 def start(folder: Path, processes: int):
@@ -89,7 +91,7 @@ def one_fault(folder: Path, alone: Path, processes: int, number: int, wanted: st
         whole(folder, processes)
     return {
         "processes": processes,
-        "signal": signal.Signals(number).name,
+        "fault": signal.Signals(number).name,
         "aimed_at": wanted,
         "phase": met,
         "step": step,
@@ -117,6 +119,23 @@ def strike_and_compare(folder: Path, processes: int, number: int, phase: str, se
     return row
 
 
+@contextlib.contextmanager
+def table(path: Path) -> Iterator[Callable[[dict], None]]:
+    """Gives what adds a row to the table of faults, at once, and prints it."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+
+        def write(row: dict) -> None:
+            writer.writerow(row)
+            file.flush()
+            print(row, flush=True)
+
+        yield write
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each signal")
@@ -125,26 +144,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", default="experiments/results/faults.csv")
     given = parser.parse_args()
-    results = Path(given.results)
-    is_new = not results.exists()
-    with tempfile.TemporaryDirectory() as folder, results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-
-        found = []
-
-        def report(row):
-            found.append(row)
-            writer.writerow(row)
-            file.flush()
-            print(row, flush=True)
-
+    found = []
+    with tempfile.TemporaryDirectory() as folder, table(Path(given.results)) as write:
         keep_compiled(Path(folder))
         every = itertools.product(given.processes, range(given.kills), (signal.SIGKILL, signal.SIGTERM))
         for processes, index, number in every:
             phase = given.phases[index % len(given.phases)]
-            report(strike_and_compare(Path(folder), processes, number, phase, given.seed + index))
+            found.append(strike_and_compare(Path(folder), processes, number, phase, given.seed + index))
+            write(found[-1])
     lost = [row for row in found if not row["same"]]
     print(f"{len(found)} runs struck, {len(found) - len(lost)} the same to the bit, {len(lost)} not")
     raise SystemExit(bool(lost))
