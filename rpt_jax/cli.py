@@ -68,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a name too long, a folder where a file is expected, no room, no permission
+        print(f"rpt: {error}: check the name, what is there, and who may read and write it", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"rpt: not enough memory ({error}): lower the sizes that were asked for", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
@@ -240,8 +246,10 @@ def run_convert(how: str, words: list[str]) -> dict:
 
 
 def parse(command: str, default, words: list[str]):
-    """The dataclass of `default` with what the flags change; --help lists all of them, in groups."""
+    """The dataclass of `default` with what the flags change, in range; --help lists all of them, in groups."""
     import tyro
+
+    from rpt_jax.ranges import require_in_range
 
     kinds = {"bench": BENCHES, "convert": CONVERSIONS}
     rows = [*COMMANDS, *((f"{kind} {name}", takes, does) for kind in kinds for name, takes, does in kinds[kind])]
@@ -251,7 +259,10 @@ def parse(command: str, default, words: list[str]):
         text += f"\n\nUsage: rpt {command} {takes} [options]."
     if takes.startswith("["):
         text += " What comes first sets the defaults that are shown here."
-    return tyro.cli(type(default), prog=f"rpt {command}", description=text, default=default, args=words, add_help=True)
+    kind = type(default)
+    settings = tyro.cli(kind, prog=f"rpt {command}", description=text, default=default, args=words, add_help=True)
+    require_in_range(settings)
+    return settings
 
 
 def show(figures: dict, as_json: bool) -> None:

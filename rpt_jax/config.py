@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rpt_jax.parts import parts_of_groups
+from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError
 
 
@@ -49,9 +50,7 @@ class ModelConfig:
     remat: Literal["none", "layer", "dots"] = "none"  # kept in the backward pass: all | layer inputs | matmul outputs
 
     def check(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_channels", "hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}={getattr(self, name)}: use 1 or more")
+        require_in_range(self, "model")
         if self.heads % self.kv_heads:
             divisors = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
             raise InputError(

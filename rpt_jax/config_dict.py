@@ -36,7 +36,7 @@ def _typed(hint, value, where: str):
         if value in typing.get_args(hint):
             return value
         raise InputError(f"{where}={value!r}: choose from {', '.join(map(repr, typing.get_args(hint)))}")
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**63:  # beyond, float() may raise
         return float(value)
     if isinstance(hint, type) and type(value) is not hint:  # exact: a bool is no number here
         raise InputError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")

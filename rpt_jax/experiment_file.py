@@ -2,15 +2,18 @@
 
 import importlib.util
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from rpt_jax.config import Config
+from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.records import InputError
 
 
 def load_module(path: str) -> ModuleType:
-    """Runs an experiment file, which may import its neighbours in the folder; raises InputError where there is none."""
+    """Runs an experiment file, which may import its neighbours in the folder; raises InputError where that fails."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no experiment file {path}; the ones that come with the project are in experiments/")
@@ -20,16 +23,34 @@ def load_module(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.resolve().parent))
     try:
-        spec.loader.exec_module(module)
+        called(path, spec.loader.exec_module, module)
     finally:
         sys.path.pop(0)
     return module
 
 
+def called(path: str, function: Callable, *arguments):
+    """What a function of an experiment file returns; raises InputError that names the line for what goes wrong.
+
+    What the project itself complains of (InputError) passes as it is.
+    """
+    try:
+        return function(*arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        own = Path(path).resolve()
+        places = [place for place in traceback.extract_tb(error.__traceback__) if Path(place.filename).resolve() == own]
+        number = error.lineno if isinstance(error, SyntaxError) else places[-1].lineno if places else "?"
+        words = " ".join(str(error).split())
+        raise InputError(f"{path}, line {number}: {type(error).__name__}: {words}: mend the file") from error
+
+
 def load_experiment(path: str) -> Config:
-    """What the `config()` of an experiment file returns; raises InputError if it has none."""
+    """What the `config()` of an experiment file returns; raises InputError if it has none, or wrong settings."""
     module = load_module(path)
-    made = module.config() if hasattr(module, "config") else None
+    made = called(path, module.config) if callable(getattr(module, "config", None)) else None
     if not isinstance(made, Config):
         raise InputError(f"{path}: an experiment file defines config() returning a rpt_jax.config.Config")
+    from_dict(type(made), called(path, to_dict, made), f"{path}: config()")  # dataclasses check no types
     return made

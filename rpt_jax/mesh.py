@@ -6,6 +6,7 @@ with many, every process calls the same functions in the same order. The paper (
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 
@@ -66,7 +67,7 @@ def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
     shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise InputError(f"mesh: {shown}: sizes are 1 or more, and at most one is -1 (it takes what is left)")
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    known = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
         if count % known:
             fixed = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != -1)

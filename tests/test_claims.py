@@ -3,6 +3,7 @@ nobody has touched it for long enough; who was asleep notices, and ends."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -117,3 +118,13 @@ def test_two_that_see_the_same_number_do_not_both_get_the_next(tmp_path, monkeyp
     """The instant between looking and creating, held still."""
     monkeypatch.setattr(claims, "_highest", lambda folder, name: -1)
     assert claims.take(tmp_path, "a").number == 0 and claims.take(tmp_path, "a") is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff", b"{", b'{"host": "HERE"}', b'{"host": "HERE", "pid": -1}', b"[" * 5000]
+)
+def test_a_damaged_claim_goes_by_its_time(tmp_path, content):
+    claim = claims.take(tmp_path, "a")
+    claim.path.write_bytes(content.replace(b"HERE", socket.gethostname().encode()))
+    assert claims.take(tmp_path, "a") is None
+    assert claims.take(tmp_path, "a", stale=-1).number == 1

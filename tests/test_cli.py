@@ -228,3 +228,50 @@ def test_a_tokenizer_of_another_vocabulary_is_named_with_both_numbers(capsys, tm
     words = ("--batch-size", "8", "--policy", tmp_path / "policy", "--corpus.tokenizer", tmp_path / "other")
     status, output, message = run(capsys, "train", *words)
     assert status == 2 and output == "" and "9 ids" in message and "24 ids" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --steps 0", "rpt: steps=0: use 1 or more"),
+        ("train --seed 99999999999999999999", "rpt: seed=99999999999999999999: use"),
+        ("train --update.learning-rate nan", "rpt: update.learning_rate=nan: use a finite number"),
+        ("train --sample.temperature inf", "rpt: sample.temperature=inf: use a finite number"),
+        ("train --prompt.truth-bytes -1", "rpt: prompt.truth_bytes=-1: use 1 or more"),
+        ("train --policy {long}", "rpt: "),
+        ("train --prompt.template {long} --policy {tmp}", "no policy in"),
+        ("pretrain --pretrain.steps 0", "rpt: pretrain.steps=0: use 1 or more"),
+        ("pretrain --corpus.files {tmp}", "is a folder; name the files in it"),
+        ("evaluate {long}", "rpt: "),
+        ("evaluate --mesh.data 4611686018427387904", "rpt: mesh.data=4611686018427387904: use"),
+        ("sample --text \udcff", r"rpt: text='\udcff': use UTF-8"),
+        ("choices --questions 7", ""),
+        ("report {tmp}/a.json", "rpt: {tmp}/a.json has no fit"),
+        ("patterns {long}", "rpt: "),
+        ("fit {tmp}", "rpt: no table"),
+        ("convert hf-to-orbax {long} {tmp}/x", "rpt: "),
+    ],
+)
+def test_no_words_end_in_a_traceback(capsys, tmp_path, words, message):
+    """One line for what cannot be used, or the flags' own complaint."""
+    (tmp_path / "a.json").write_text("{}")
+    places = {"long": "x" * 5000, "tmp": tmp_path}
+    try:
+        status = cli.main([word.format(**places) for word in words.split()])
+    except SystemExit as ended:
+        status = ended.code
+    output, said = capsys.readouterr()
+    assert status == 2 and output == "" and message.format(**places) in said
+    assert len(said.splitlines()) == 1 or not message
+
+
+def test_memory_that_is_not_there_is_said(capsys, monkeypatch):
+    def allocate(config):
+        raise MemoryError("Unable to allocate 8 EiB")
+
+    monkeypatch.setattr(commands, "run_train", allocate)
+    assert run(capsys, "train") == (
+        2,
+        "",
+        "rpt: not enough memory (Unable to allocate 8 EiB): lower the sizes that were asked for\n",
+    )

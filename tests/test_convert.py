@@ -110,6 +110,12 @@ def test_without_network_or_client(tmp_path, run, offline, monkeypatch):
         ("orbax-to-hf {policy} {tmp}/out", "does not say for how many tokens it was made.*--context TOKENS"),
         ("orbax-to-hf {policy} {published}", "{published} holds a checkpoint already"),
         ("orbax-to-hf {policy} {tmp}/out --context 9 --file-gib 0", "file_gib=0.0: use more than 0"),
+        ("orbax-to-hf {policy} {tmp}/out --context 9 --file-gib nan", "file_gib=nan: use a finite number"),
+        ("orbax-to-hf {policy} {tmp}/out --context 9 --file-gib inf", "file_gib=inf: use a finite number"),
+        (
+            "orbax-to-hf {policy} {tmp}/out --context 9 --file-gib 1e300",
+            "file_gib=1e+300: use more than 0, and at most",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named_with_a_remedy(words, message, published, tmp_path, run):

@@ -33,3 +33,25 @@ def test_experiment_without_a_config_is_refused(tmp_path, body):
     (tmp_path / "table.csv").write_text("a,b\n")
     with pytest.raises(InputError, match=r"table\.csv does not end in \.py"):
         load_experiment(str(tmp_path / "table.csv"))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def config(:\n", "line 1: SyntaxError"),
+        ("x = 1\nraise ValueError('a\\nb')\n", "line 2: ValueError: a b: mend the file"),
+        ("import json\njson.loads('{')\n", "line 2: JSONDecodeError"),
+        ("import no_such_module_of_anyone\n", "line 1: ModuleNotFoundError"),
+        ("def config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("config = 7\n", r"defines config\(\)"),
+        ("from rpt_jax.config import *\nconfig = lambda: Config(stepz=1)\n", "line 2: TypeError"),
+        ("from rpt_jax.config import *\nconfig = lambda: Config(steps='7')\n", r"config\(\).steps='7': expected int"),
+        ("from rpt_jax.config import *\nconfig = lambda: Config(model=None)\n", r"config\(\).model=None: expected"),
+        ("\0", "line .*: (SyntaxError|ValueError)"),
+    ],
+)
+def test_what_goes_wrong_in_a_file_is_named_with_its_line(tmp_path, body, message):
+    path = tmp_path / "broken.py"
+    path.write_text(body)
+    with pytest.raises(InputError, match=rf"broken\.py.*{message}"):
+        load_experiment(str(path))

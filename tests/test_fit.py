@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.records import InputError
-from rpt_jax.scaling import fit, power_law
+from rpt_jax.scaling import fit, fit_plot, power_law
 from rpt_jax.scaling.fit import Curve, FitSettings
 from rpt_jax.scaling.power_law import Cells
 
@@ -198,3 +198,24 @@ def test_cells_can_be_chosen():
     kept = cells[cells.budgets_N > 0]
     assert kept.ratios_N.min() == 1 and len(kept.compute_N) == 12
     np.testing.assert_allclose(power_law.law_at(kept, 0.0, -0.5, 0.9, kept.compute_N), 0.4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hard.standard_error": "1e-200"}, ":2: hard cannot be read"),
+        ({"flops_sample": "1e308", "flops_update": "1e308"}, ":2: flops inf"),
+        ({"hard.positions": "inf"}, ":2: .*positions inf"),
+        ({"steps": "nan"}, ":2: "),
+        ({"hard.reasoning": "nan"}, ":2: "),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        fit.read_curves(table(tmp_path / "a.csv", [row | change for row in rows_of("small")]), FitSettings())
+
+
+def test_names_that_look_like_formulas(tmp_path):
+    path = table(tmp_path / "a.csv", [row | {"size": r"$\frac{$"} for row in rows_of("small")])
+    found = fit.fit(path, FitSettings(sets=100), fit_plot.draw)
+    assert set(found) == {r"$\frac{$"} and (tmp_path / "a.png").is_file()

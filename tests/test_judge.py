@@ -288,3 +288,14 @@ def test_what_does_not_belong_together_is_named(monkeypatch):
         judge.check_questions(asked, are_questions=True)
     with pytest.raises(InputError, match="questions.seconds=0"):
         QuestionConfig(seconds=0).check()
+
+
+def test_whole_numbers_of_any_length():
+    """Beyond the thousands of digits that Python turns into a number."""
+    long = "9" * 5000
+    assert judge.at_once(long, "9") == WRONG and judge.at_once(f"-00{long}", f"-{long}") == RIGHT
+    assert (
+        judge.at_once("0", "-000") == RIGHT
+        and judge.at_once("7", "-7") == WRONG
+        and judge.at_once("-07", "-7") == RIGHT
+    )

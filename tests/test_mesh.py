@@ -242,3 +242,10 @@ def test_two_processes_exchange_whole_arrays():
             process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     assert all(f"process {i} done" in output for i, output in enumerate(outputs)), outputs
+
+
+def test_sizes_whose_product_no_int64_holds():
+    with pytest.raises(InputError, match=r"data=4611686018427387904 x fsdp=4 .*, but there are 8 devices"):
+        meshes.make_mesh(MeshConfig(data=2**62, fsdp=4))
+    with pytest.raises(InputError, match="does not divide 8 devices"):
+        meshes.make_mesh(MeshConfig(fsdp=2**62, tensor=4))

@@ -134,3 +134,39 @@ def test_a_policy_with_another_shape_than_it_says_is_named(folder):
     (folder / "policy.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"'layers/w_down' has shape \(2, 32, 32\), policy.json says \(2, 48, 32\)"):
         policy_folder.load_policy(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": None}, "or tokenizer, is not what this program writes"),
+        ({"tokenizer": {}}, "the policy was made with one of None ids"),
+        ({"tokenizer": {"vocab_size": 24, "fingerprint": "x", "where": 1}}, "this tokenizer has 24 ids"),
+        ({"stored": "float128"}, "stored='float128', or tokenizer, is not"),
+        ({"stored": ["orbax"]}, r"stored=\['orbax'\], or tokenizer, is not"),
+        ({"model": {"heads": 0}}, "model.heads=0: use 1 or more"),
+        ({"model": {"vocab_size": 10**30}}, "model.vocab_size=1.*: use 1 or more, and at most"),
+        ({"model": {"layers": -1}}, "model.layers=-1: use 1 or more"),
+        ({"model": {"rope_theta": float("nan")}}, "model.rope_theta=nan: use a finite number"),
+        ({"model": [1]}, r"model=\[1\]: expected the settings of ModelConfig"),
+        ({"format": [1]}, r"has format \[1\], this version reads 1"),
+    ],
+)
+def test_a_policy_json_that_lies_is_named(folder, change, message):
+    content = json.loads((folder / "policy.json").read_text())
+    change = {
+        key: content[key] | value if key == "model" and isinstance(value, dict) else value
+        for key, value in change.items()
+    }
+    (folder / "policy.json").write_text(json.dumps(content | change))
+    with pytest.raises(InputError, match=message):
+        policy_folder.load_policy(folder)
+
+
+def test_a_policy_of_more_than_its_file_can_hold_is_named(folder):
+    """policy.json asks for terabytes: the shapes alone say that the file is another one."""
+    content = json.loads((folder / "policy.json").read_text())
+    content["model"] |= {"hidden": 2**24, "width": 2**20}
+    (folder / "policy.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"policy.json says \(1048576,|policy.json says \(32, 1048576\)"):
+        policy_folder.load_policy(folder)

@@ -1,6 +1,7 @@
 """Claims: the artefact comes back as written and only whole; selections are what their names say and nest; the
 stream is reshuffled, resumes exactly, and processes share it without overlap or dependence on their number."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -71,8 +72,8 @@ def test_an_interrupted_part_is_not_there(folder, monkeypatch):
             raise KeyboardInterrupt
         return positions_pack(document)
 
-    positions_pack = positions._pack
-    monkeypatch.setattr(positions, "_pack", broken)
+    positions_pack = positions.pack
+    monkeypatch.setattr(positions, "pack", broken)
     with pytest.raises(KeyboardInterrupt):
         positions.write_annotated(folder, 2, DOCUMENTS)
     assert positions.written_parts(folder) == [0, 1]
@@ -234,3 +235,28 @@ def test_streams_that_cannot_be():
         positions.position_stream(many(0), seed=0)
     with pytest.raises(InputError, match="process 2 of 2"):
         positions.position_stream(many(3), seed=0, process_index=2, process_count=2)
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", "{}", '{"format": 1}', '{"tokenizer": "aa11", "vocab_size": "4"}', "[" * 9999]
+)
+def test_headers_that_say_too_little(folder, header):
+    (folder / "header.json").write_text(header)
+    with pytest.raises(InputError, match=r"header\.json (does not name the tokenizer|is no JSON)"):
+        positions.open_annotated(folder, TOKENIZER)
+
+
+@pytest.mark.parametrize("change", [{"tokens_T": [0, 1, 4, 3, 1]}, {"tokens_T": [0, -1, 2, 3, 1]}, {"document": 2**31}])
+def test_records_with_what_cannot_be(folder, change):
+    """Tokens that the tokenizer lacks, and a number of a document that an int32 does not hold."""
+    positions.write_annotated(folder, 1, [dataclasses.replace(DOCUMENTS[0], **change)])
+    annotated = positions.open_annotated(folder, TOKENIZER)
+    with pytest.raises(InputError, match="record 1 has a document's number or a token that cannot be, of 4"):
+        positions.all_positions(annotated, 1)
+
+
+def test_a_random_selection_takes_any_seed(folder):
+    annotated, config = positions.open_annotated(folder), PositionConfig(select="random", share=0.5)
+    assert pairs(positions.select_positions(annotated, config, -1)) == pairs(
+        positions.select_positions(annotated, config, 2**64 - 1)
+    )

@@ -547,3 +547,34 @@ def test_a_run_that_has_only_begun(browser, tmp_path):
     settings = browser.execute_script("return document.querySelector('#configuration table').textContent")
     assert "batch_size8256" in settings  # the toy's beside the default
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.parametrize("config", [[], {}, {"name": 7}, None])
+def test_a_config_without_a_name_is_said(tmp_path, config):
+    run = write_run(tmp_path / "run", [rollout(0)])
+    (run / "config.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(InputError, match="its config has no name"):
+        write_report([str(run)], ReportConfig())
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"hard": 7},
+        {"hard": ["argmax_base"]},
+        {"hard": {"argmax_base": 1}, "medium": 3, "parts_of_hard": {"": 1, "a": []}},
+    ],
+)
+def test_results_of_any_shape_are_shown_or_passed_over(tmp_path, results):
+    run = write_run(tmp_path / "run", [rollout(0)])
+    (run / "results.json").write_text(json.dumps(results))
+    assert write_report([str(run)], ReportConfig())["runs"] == 1
+
+
+def test_values_nested_too_deep_are_said(tmp_path):
+    run = write_run(tmp_path / "run", [rollout(0)])
+    for name in ("metrics.jsonl", "extra.json"):
+        (run / name).write_text('{"step": ' + '{"a": ' * 300 + "1" + "}" * 301 + "\n")
+        with pytest.raises(InputError, match=f"{name}.*brackets nest deeper"):
+            write_report([str(run)], ReportConfig())
+        (run / name).unlink()

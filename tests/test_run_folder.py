@@ -185,3 +185,24 @@ def test_weights_and_biases_that_is_not_there_is_said_so(config, monkeypatch):
     run_folder.require_wandb(config)
     with pytest.raises(InputError, match=r"pip install 'rpt_jax\[wandb\]'"):
         run_folder.require_wandb(dataclasses.replace(config, wandb=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identity": ["x"]}, "identity is no object"),
+        ({"config": {"seed": 2**70}}, r"config.json: config.seed=\d+: use .*, and at most"),
+        ({"config": {"model": {"width": 0}}}, "config.json: config.model.width=0: use 1 or more"),
+        ({"config": {"name": "a\0b"}}, "config.json: config.name=.*use UTF-8"),
+        ({"config": None}, "config.json: config=None: expected the settings of Config"),
+        ({"config": {"update": {"learning_rate": 10**400}}}, "learning_rate=1.*: expected float"),
+    ],
+)
+def test_a_config_that_lies_is_named(config, tmp_path, change, message):
+    write(config, [1])
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        run_folder.read_config(tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        run_folder.require_same_run(config, IDENTITY, 1)

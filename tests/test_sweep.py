@@ -270,3 +270,40 @@ def test_files_that_are_no_sweep_are_refused(experiment, settings, old, new, mes
     experiment.write_text(EXPERIMENT.replace(old, new))
     with pytest.raises(InputError, match=message):
         sweep.sweep(str(experiment), SweepSettings(**settings))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"status": "odd"}', b"\xff", b"[" * 5000])
+def test_a_damaged_result_is_named(experiment, settings, content):
+    place = Path(settings["folder"]) / "cells" / f"{NAMES[0]}.json"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    with pytest.raises(InputError, match=f"{NAMES[0]}.json is no (JSON|result).*delete it to run {NAMES[0]} again"):
+        sweep.sweep(str(experiment), SweepSettings(**settings))
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"cell,cell\n1,2\n", b"cell\n\xff\n", b"cell,x\na\n", b"cell\na\n"])
+def test_a_damaged_table_is_named(experiment, settings, content):
+    Path(settings["results"]).write_bytes(content)
+    with pytest.raises(InputError, match=r"tiny\.csv"):
+        sweep.sweep(str(experiment), SweepSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    return [", "    return 7 or [", r"defines cells\(folder\), a list of Cell"),
+        ("from rpt_jax.scaling.sweep_cell import Cell", "Cell = dict", r"line \d+: TypeError"),
+        (
+            "from rpt_jax.scaling.sweep_cell import Cell",
+            "def Cell(*a, **b): return a",
+            r"defines cells\(folder\), a list of Cell",
+        ),
+        ("Config(steps=steps,", "Config(steps='4',", r"cell.config.steps='4': expected int"),
+        ("Config(steps=steps,", "Config(steps=0,", "cell.config.steps=0: use 1 or more"),
+        ("    return [", "    return 1 / 0 or [", "line 9: ZeroDivisionError: division by zero: mend the file"),
+    ],
+)
+def test_cells_of_another_kind_are_refused(experiment, settings, old, new, message):
+    experiment.write_text(EXPERIMENT.replace(old, new))
+    with pytest.raises(InputError, match=message):
+        sweep.sweep(str(experiment), SweepSettings(**settings))

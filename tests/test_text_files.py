@@ -101,3 +101,30 @@ def test_unknown_suffix_and_missing_column(tmp_path):
     path = write_records(tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a\.parquet: no field 'body', .*; there are 'text', 'n'"):
         open_file(path, ("text", "body"))
+
+
+def test_columns_of_one_name(tmp_path):
+    column = pyarrow.array(["a"])
+    twice = pyarrow.Table.from_arrays([column, column, column], names=["text", "text", "n"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: 2 columns are called 'text': rename all but one"):
+        open_file(str(tmp_path / "a.parquet"), ("text",))
+    assert fields_of(open_file(str(tmp_path / "a.parquet"), ("n",)), 0, ("n",)) == {"n": "a"}
+
+
+@pytest.mark.parametrize("kind", [pyarrow.date32(), pyarrow.timestamp("us")])
+def test_values_that_python_has_no_like_of(tmp_path, kind):
+    """Years beyond 9999 and the like: a ValueError, which readers put into words."""
+    numbers = pyarrow.array([2**31 - 1 if kind == pyarrow.date32() else 2**62])
+    if kind == pyarrow.date32():
+        numbers = numbers.cast(pyarrow.int32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": numbers.view(kind)}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError):
+        fields_of(open_file(str(tmp_path / "a.parquet"), ("text",)), 0, ("text",))
+
+
+def test_records_nested_too_deep(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n")
+    file = open_file(str(tmp_path / "a.jsonl"), ("text",))
+    with pytest.raises(ValueError, match="nest deeper"):
+        fields_of(file, next(scan(file))[2], ("text",))

@@ -1,6 +1,7 @@
 """Claims: a written tokenizer.json gives our ids and our text, by the library that transformers reads it with; files
 that came from there go back as they are; what travels with a tokenizer is kept."""
 
+import dataclasses
 import json
 import random
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from test_tokenizer_files import byte_level_description, write
 
 from rpt_jax.corpus.tokenizer import load_tokenizer, train_sentencepiece
-from rpt_jax.corpus.tokenizer_export import end_ids, export_tokenizer
+from rpt_jax.corpus.tokenizer_export import GENERATION, end_ids, export_tokenizer
 from rpt_jax.records import InputError
 
 WORDS = ["the cat sat on the mat", "a  dog (it barked) 12345 times", "  ärger, naïve €5!", "\n\tthen thee theme"]
@@ -105,3 +106,12 @@ def test_sentencepiece_of_another_kind_is_named(tmp_path):
     with pytest.raises(InputError, match="neither BPE nor characters"):
         export_tokenizer(tokenizer, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xff", b'{"eos_token_id": "7"}', b'{"eos_token_id": [7, null]}', b'{"eos_token_id": -1}']
+)
+def test_a_damaged_generation_config_is_named(sentencepiece, content):
+    tokenizer = dataclasses.replace(sentencepiece[0], files=sentencepiece[0].files | {GENERATION: content})
+    with pytest.raises(InputError, match="generation_config.json beside the tokenizer"):
+        end_ids(tokenizer)

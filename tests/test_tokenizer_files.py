@@ -195,3 +195,87 @@ def test_added_tokens_that_do_not_fit(tmp_path):
         write(tmp_path, "tokenizer_config.json", config)
         with pytest.raises(InputError, match=found):
             load_tokenizer(tmp_path)
+
+
+def with_ids(*added):
+    description = byte_level_description()
+    description["added_tokens"] = [{"id": i, "content": f"<{n}>", "special": True} for n, i in enumerate(added)]
+    return description
+
+
+@pytest.mark.parametrize(
+    ("description", "found"),
+    [
+        (
+            with_ids(2**31),
+            "257 pieces with ids up to 2147483648: a vocabulary has a piece or more, and at most 65536 ids",
+        ),
+        (with_ids(-1), "an added token needs a whole-number id"),
+        (with_ids(None), "an added token needs a whole-number id"),
+        (with_ids(float("inf")), "an added token needs a whole-number id"),
+        (byte_level_description(vocab=["a"]), "cannot read it|does not give each piece a whole number"),
+        (byte_level_description(vocab={"a": 1.5}), "cannot read it|does not give each piece a whole number"),
+        (changed(model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]), "0 pieces with ids up to 0"),
+        (changed(pre_tokenizer="ByteLevel"), "its pre_tokenizer is no step"),
+        (changed(pre_tokenizer={"add_prefix_space": True}), "its pre_tokenizer is no step"),
+        (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": ["ByteLevel"]}), "its pre_tokenizer is no step"),
+        (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": 7}), "its pre_tokenizer is no step"),
+        (changed(normalizer=[{"type": "NFC"}]), "its normalizer is no step"),
+        (changed(added_tokens=[{"id": 256, "content": "\ud83d"}]), "not valid JSON: .*surrogates"),
+        ('{"model": ' + "[" * 100_000, "not valid JSON: brackets nest deeper"),
+    ],
+)
+def test_descriptions_that_lie(tmp_path, description, found):
+    """Whatever stands in a tokenizer.json, nothing of the size that it claims is made."""
+    with pytest.raises(InputError, match=rf"x\.json.*({found})"):
+        load_tokenizer(write(tmp_path, "x.json", description))
+
+
+def test_configs_beside_that_lie(tmp_path):
+    file = write_gpt2(tmp_path)
+    for change, found in [
+        ({"eos_token": ["<|endoftext|>"]}, r"the eos_token \['<\|endoftext\|>'\] .* is not in the vocabulary"),
+        ({"eos_token": 7}, "the eos_token 7 .* is not in the vocabulary"),
+        ({"tokenizer_class": 7}, "how 7 splits text is not known here"),
+        ({"added_tokens_decoder": {"-3": {"content": "<x>"}}}, "an id below 0"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "<x>"}}}, "needs a whole-number id"),
+        ({"added_tokens_decoder": None}, "needs a whole-number id"),
+    ]:
+        write_gpt2(tmp_path, **change)
+        with pytest.raises(InputError, match=found):
+            load_tokenizer(file)
+    write_gpt2(tmp_path)
+    write(tmp_path, "vocab.json", {"a": "0"})
+    with pytest.raises(InputError, match="make no BPE tokenizer|does not give each piece a whole number"):
+        load_tokenizer(file)
+
+
+def test_sentencepiece_models_that_lie(tmp_path):
+    """Bytes that name no byte, pieces that are there twice: what SentencePiece says, or we do, in one line."""
+    train_sentencepiece(["one two"] * 20, 270, tmp_path)
+    whole = sentencepiece_model_pb2.ModelProto()
+    whole.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
+    byte = next(i for i, piece in enumerate(whole.pieces) if piece.piece == "<0x41>")
+    for name, found in [("<0xZZ>", "'<0xZZ>', is marked as a byte and names none"), ("<0x42>", "SentencePiece cannot")]:
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.CopyFrom(whole)
+        proto.pieces[byte].piece = name
+        (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+        with pytest.raises(InputError, match=found):
+            load_tokenizer(tmp_path)
+
+
+def test_templates_of_chats_are_carried_along_and_never_run(tmp_path):
+    """Neither Jinja nor a class that the config names: nothing is imported or rendered."""
+    write_gpt2(tmp_path, auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}, trust_remote_code=True)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    jinja = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for x in range(10**12) %}{% endfor %}"
+    write(tmp_path, "chat_template.jinja", jinja)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "chat_template.jinja").read_text() == jinja and not (tmp_path / "ran").exists()
+
+
+def test_homes_that_nobody_has(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer at '~nobody-of-that-name/x.model'"):
+        load_tokenizer("~nobody-of-that-name/x.model")

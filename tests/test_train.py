@@ -20,7 +20,7 @@ from toy import Stop, rows_of, stop_at
 
 from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
 from rpt_jax.corpus.templates import Template
-from rpt_jax.learning import checkpoints, collect, policy_folder, run_folder, train
+from rpt_jax.learning import checkpoints, collect, policy_folder, run_folder, run_rows, train
 from rpt_jax.learning.inputs import with_numerics
 from rpt_jax.learning.update import init_state, make_optimizer
 from rpt_jax.mesh import AXES, make_mesh
@@ -375,11 +375,25 @@ def test_a_run_that_continues_remembers_what_it_has_spent(tmp_path):
 
 def test_what_was_spent_before_checkpoints_said_so_is_in_the_rows():
     rows = rows_of(finished()[0])
-    assert run_folder.flops_spent(finished()[0], 7) == pytest.approx(rows[6]["flops_spent"], rel=1e-12)
-    assert run_folder.flops_spent(Path("nowhere"), 7) == 0
+    assert run_rows.flops_spent(finished()[0], 7) == pytest.approx(rows[6]["flops_spent"], rel=1e-12)
+    assert run_rows.flops_spent(Path("nowhere"), 7) == 0
 
 
 def test_a_budget_is_a_number():
     for wrong in (-1.0, float("nan")):
         with pytest.raises(InputError, match=f"flops={wrong}: use a number of FLOPs"):
             settings("x", flops=wrong).check()
+
+
+@pytest.mark.parametrize("host", [{}, {"stream": None, "queue": 7}, {"queue": [[1, 2]], "flops": "x"}])
+def test_a_checkpoint_that_does_not_say_where_the_run_stood(tmp_path, host):
+    class Stream:
+        def set_state(self, state):
+            if not isinstance(state, dict):
+                raise ValueError("no state")
+
+    host = {"stream": {}} | host if host else host
+    with pytest.raises(
+        InputError, match="checkpoint .*/3 does not say where the run stood .*: start the run anew|damaged"
+    ):
+        train._continued(Stream(), host, settings(tmp_path), 3)

@@ -238,6 +238,25 @@ def test_a_model_of_no_family_cannot_be_written():
         ({"model_type": "qwen3", "num_key_value_heads": 1}, "no head_dim"),
         ({"num_key_value_heads": 2}, "kv_heads from 1, 3"),
         ({"num_attention_heads": 0}, "heads=0"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: choose"),
+        ({"layer_types": 5}, "layer_types=5: expected list"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope type \['yarn'\]"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: expected finite float"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps=1.*: expected finite float"),
+        ({"rope_theta": 0.0}, "config.json: model.rope_theta=0.0: use 2"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "model.rope_scaling.factor=0.0: use more than 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1.0}}, "beta_fast=-1.0: use more than 0"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": -1.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+            "rope factor=-1.0 and mscale=.*: no such scaling",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1e999}},
+            "mscale_all_dim=inf: expected finite float",
+        ),
+        ({"num_hidden_layers": 10**9}, "model.layers=1000000000: use 1 or more, and at most 16384"),
+        ({"num_attention_heads": 10**12, "num_key_value_heads": 7}, "model.heads=1000000000000: .* at most"),
+        ({"hidden_size": -8}, "model.width=-8: use 1 or more"),
     ],
 )
 def test_settings_that_the_decoder_lacks_are_refused(tmp_path, changes, message):
@@ -246,7 +265,14 @@ def test_settings_that_the_decoder_lacks_are_refused(tmp_path, changes, message)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not JSON"), ("[]", "expected a JSON object"), (b"\xff", "not JSON")]
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 99_999, "not JSON .brackets nest deeper"),
+        (b'"\\ud83d"', "not JSON"),
+        ("[]", "expected a JSON object"),
+        (b"\xff", "not JSON"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, content, message):
     with pytest.raises(InputError, match="no .*config.json"):

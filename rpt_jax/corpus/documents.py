@@ -262,8 +262,9 @@ def read_fields(
         raise InputError(f"{name}: wrong UTF-8 at byte {error.start + 1} of the record ({error.reason})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{name}: malformed JSON: {error.msg} (character {error.pos + 1} of the line)") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
-        raise InputError(f"{name}: JSON that cannot be read: {error}") from error
+    except ValueError as error:  # a number of thousands of digits, brackets nested too deep, a date beyond Python's
+        what = "a value" if file.kind == "parquet" else "JSON"
+        raise InputError(f"{name}: {what} that cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{name}: expected a JSON object with fields, found {type(values).__name__}")
     require_fields(name, fields, list(values), setting)

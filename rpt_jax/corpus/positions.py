@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +19,13 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from rpt_jax.config import PositionConfig
 from rpt_jax.corpus import segments
+from rpt_jax.corpus.annotated_record import Annotated, pack, unpack
+from rpt_jax.json_file import parsed
 from rpt_jax.records import InputError
 
 DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; a position is in a split if its entropy is above
 FORMAT = 1
 READ_BLOCK = 1024  # documents
-RECORD = struct.Struct("<4sIII")  # mark, document, T, bytes of the name; then tokens, entropies, arg-maxes, name
-MARK = b"RPT1"
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """A document with what a proxy policy predicted at each of its tokens, given the tokens before it."""
-
-    document: int  # number in the corpus
-    name: str  # "file:line"
-    tokens_T: np.ndarray  # int32
-    entropies_T: np.ndarray  # float32 nats, of the prediction of token t from tokens < t; nan at 0
-    argmaxes_T: np.ndarray  # int32, most probable token under the same prediction; -1 at 0
 
 
 @dataclass(frozen=True)
@@ -89,11 +77,20 @@ class AnnotatedDocuments:
         """Documents in stored order, read a block at a time."""
         for start in range(0, len(self), READ_BLOCK):
             block = range(start, min(start + READ_BLOCK, len(self)))
-            for record, packed in zip(block, self.records.__getitems__(block), strict=True):
-                yield _unpack(packed, f"{self.folder}, record {record}")
+            for record, packed in zip(block, self._read(block), strict=True):
+                yield self._unpacked(record, packed)
 
     def __getitem__(self, record: int) -> Annotated:
-        return _unpack(self.records[record], f"{self.folder}, record {record}")
+        return self._unpacked(record, self._read([record])[0])
+
+    def _read(self, records: Sequence[int]) -> Sequence[bytes]:
+        try:
+            return self.records.__getitems__(records)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(f"{self.folder}: a part is damaged ({error}): delete it and annotate again") from error
+
+    def _unpacked(self, record: int, packed: bytes) -> Annotated:
+        return unpack(packed, f"{self.folder}, record {record}", self.header["vocab_size"])
 
     @functools.cached_property
     def documents(self) -> "DocumentTokens":
@@ -164,7 +161,7 @@ def write_annotated(folder: Path, part: int, documents: Sequence[Annotated]) -> 
     temporary = path.with_name(path.name + ".tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")  # 1: records are read in any order
     for document in documents:
-        writer.write(_pack(document))
+        writer.write(pack(document))
     writer.close()
     os.replace(temporary, path)
     return path
@@ -271,7 +268,7 @@ def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed
     if config.select == "top_share":
         keep = np.argsort(-pool.entropies, kind="stable")[:count]
     else:
-        keep = np.random.default_rng(seed).choice(len(pool), count, replace=False)
+        keep = np.random.default_rng(seed % 2**64).choice(len(pool), count, replace=False)
     return pool[np.sort(keep)]
 
 
@@ -320,31 +317,9 @@ def _read_header(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"no annotated documents in {path.parent} (no header.json): make them with `rpt annotate`")
     try:
-        return json.loads(path.read_text())
+        header = parsed(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}): delete the folder and annotate again") from error
-
-
-def _pack(document: Annotated) -> bytes:
-    name = document.name.encode("utf-8")
-    tokens = np.asarray(document.tokens_T, "<i4")
-    entropies = np.asarray(document.entropies_T, "<f4")
-    argmaxes = np.asarray(document.argmaxes_T, "<i4")
-    if not tokens.shape == entropies.shape == argmaxes.shape == (len(tokens),):
-        raise ValueError(
-            f"{document.name}: {tokens.shape} tokens, {entropies.shape} entropies, {argmaxes.shape} arg-maxes"
-        )
-    start = RECORD.pack(MARK, document.document, len(tokens), len(name))
-    return b"".join((start, tokens.tobytes(), entropies.tobytes(), argmaxes.tobytes(), name))
-
-
-def _unpack(record: bytes, where: str) -> Annotated:
-    if len(record) < RECORD.size or record[:4] != MARK:
-        raise InputError(f"{where} is no annotated document: delete the part and annotate again")
-    _, document, count, name_bytes = RECORD.unpack_from(record)
-    if len(record) != RECORD.size + 12 * count + name_bytes:
-        raise InputError(f"{where} has {len(record)} bytes where {count} tokens need another number: annotate again")
-    arrays = [
-        np.frombuffer(record, kind, count, RECORD.size + 4 * count * i) for i, kind in enumerate(("<i4", "<f4", "<i4"))
-    ]
-    return Annotated(document, record[len(record) - name_bytes :].decode("utf-8"), *arrays)
+    if not isinstance(header, dict) or type(header.get("vocab_size")) is not int or "tokenizer" not in header:
+        raise InputError(f"{path} does not name the tokenizer and its vocab_size: delete the folder and annotate again")
+    return header

@@ -8,7 +8,6 @@ memory, and of a Parquet file the columns that are asked for. A plain text file 
 import glob
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import grain
 import pyarrow
 import pyarrow.parquet
 
+from rpt_jax.json_file import parsed
 from rpt_jax.records import InputError
 
 KINDS = {
@@ -70,12 +70,15 @@ def open_file(path: str, fields: tuple[str, ...], setting: str = "corpus.templat
         elif kind == "parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
                 require_fields(path, fields, file.schema_arrow.names, setting)
+                require_once(path, fields, file.schema_arrow.names)
                 content = file.read(columns=list(fields))
         elif kind == "records":
             content = grain.sources.ArrayRecordDataSource(path)
         else:
             open(path, "rb").close()
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, RuntimeError) as error:
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, RuntimeError, ValueError) as error:
         raise InputError(
             f"{path}: not a readable {suffix} file ({error}); write it again, or name it rightly"
         ) from error
@@ -108,7 +111,7 @@ def fetch(file: TextFile, place: int) -> Any:
     if file.kind == "records":
         try:
             return file.content[place]
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             raise InputError(f"{file.path}:{place + 1}: damaged ArrayRecord ({error}); write the file again") from error
     if file.content is not None:
         end = file.content.find(b"\n", place)
@@ -119,12 +122,18 @@ def fetch(file: TextFile, place: int) -> Any:
 
 
 def fields_of(file: TextFile, raw: Any, fields: tuple[str, ...]) -> Any:
-    """A raw record as a dict by field, or what else its JSON is; raises ValueError for wrong JSON or UTF-8."""
+    """A raw record as a dict by field, or what else its JSON is; raises ValueError for what cannot be read.
+
+    That is wrong JSON or UTF-8, and a value of Parquet that Python has no like of, such as a date in the year 90000.
+    """
     if file.kind == "text":
         return {"text": raw.decode()}
     if file.kind == "parquet":
-        return {field: file.content.column(field)[raw].as_py() for field in fields}
-    return json.loads(raw.decode())
+        try:
+            return {field: file.content.column(field)[raw].as_py() for field in fields}
+        except (OverflowError, pyarrow.ArrowException) as error:
+            raise ValueError(str(error)) from error
+    return parsed(raw.decode())
 
 
 def require_fields(name: str, wanted: tuple[str, ...], there: list[str], setting: str = "corpus.template") -> None:
@@ -134,3 +143,10 @@ def require_fields(name: str, wanted: tuple[str, ...], there: list[str], setting
         raise InputError(
             f"{name}: no field {missing[0]!r}, which {setting} names; there are {', '.join(map(repr, there))}"
         )
+
+
+def require_once(path: str, fields: tuple[str, ...], there: list[str]) -> None:
+    """Raises InputError for a field that several columns of a Parquet file have as their name."""
+    twice = [field for field in fields if there.count(field) > 1]
+    if twice:
+        raise InputError(f"{path}: {there.count(twice[0])} columns are called {twice[0]!r}: rename all but one")

@@ -11,6 +11,7 @@ Nothing is normalised, no prefix space or start token is added, and what cannot 
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from rpt_jax.corpus.tokenizer_files import (
     SPACE,
     Parts,
     is_byte_level,
-    read_json,
+    read_description,
     sentencepiece_parts,
     tokenizer_json_parts,
     vocab_and_merges_parts,
@@ -34,6 +35,7 @@ from rpt_jax.records import InputError
 
 # Pieces that end a text where the files name none, if they are control pieces.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+MOST_UNUSED = 1 << 16  # ids below the highest that no piece has; each takes memory, whatever the file says
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +130,12 @@ class Tokenizer:
         return ids
 
     def _engine_ids(self, text: str) -> list[int]:
-        if isinstance(self.engine, tokenizers.Tokenizer):
-            return self.engine.encode(text, add_special_tokens=False).ids
-        return self.engine.encode(text)
+        try:
+            if isinstance(self.engine, tokenizers.Tokenizer):
+                return self.engine.encode(text, add_special_tokens=False).ids
+            return self.engine.encode(text)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise InputError(f"the tokenizer fails on the text {text[:40]!r} ({error}): use another one") from error
 
     def _complaint(self, text: str) -> str:
         def is_exact(piece: str) -> bool:
@@ -153,7 +158,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     In a folder a byte-level tokenizer.json comes first, then tokenizer.model, another tokenizer.json, vocab.json.
     Raises InputError for a missing or foreign file and for kinds of tokenizers whose bytes are not exact.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if not str(path) or not place.exists():
         raise InputError(f"no tokenizer at {str(path)!r}: give a .model file, a tokenizer.json, or a folder with one")
     if place.name in ("vocab.json", "merges.txt"):
@@ -163,7 +168,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if place.is_file() and place.suffix == ".json":
         return _assemble(tokenizer_json_parts(place))
     description, model = place / "tokenizer.json", place / "tokenizer.model"
-    if description.is_file() and (not model.is_file() or is_byte_level(read_json(description))):
+    if description.is_file() and (not model.is_file() or is_byte_level(read_description(description))):
         return _assemble(tokenizer_json_parts(description))
     if model.is_file():
         return _assemble(sentencepiece_parts(model))
@@ -230,12 +235,17 @@ def _assemble(parts: Parts) -> Tokenizer:
             contents[i], controls[text] = b"", (i,)
         elif not (parts.spaced and SPACE in text):
             contents[i], symbols[text] = text.encode(), (i,)
+    if not pieces or max(pieces) - len(pieces) > MOST_UNUSED:
+        raise InputError(
+            f"{parts.file}: {len(pieces)} pieces with ids up to {max(pieces, default=0)}: a vocabulary has a piece or "
+            f"more, and at most {MOST_UNUSED} ids without one; copy its files again"
+        )
     ids = {piece: i for i, piece in pieces.items()}
     if parts.spaced:  # a literal U+2581 must not come out as a space: its three bytes, or nothing, which encode reports
         fallback = [ids.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         symbols[SPACE] = () if None in fallback else tuple(fallback)
     end = parts.end_of_text or next((name for name in END_OF_TEXT if name in controls), None)
-    if end is not None and end not in ids:
+    if end is not None and not (isinstance(end, str) and end in ids):
         raise InputError(f"{parts.file}: the eos_token {end!r} of tokenizer_config.json is not in the vocabulary")
     return Tokenizer(
         token_bytes=tuple(contents.get(i, b"") for i in range(max(pieces) + 1)),

@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.corpus.tokenizer_files import CONFIG, SPACE
+from rpt_jax.json_file import parsed_text
 from rpt_jax.records import InputError
 
 GENERATION = "generation_config.json"
@@ -42,8 +43,18 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def end_ids(tokenizer: Tokenizer) -> int | list[int] | None:
-    """What ends a text: as the published generation_config.json says, where there is one; chat models have several."""
-    published = json.loads(tokenizer.files.get(GENERATION, b"{}")).get("eos_token_id")
+    """What ends a text: as the published generation_config.json says, where there is one; chat models have several.
+
+    Raises InputError for a generation_config.json that is no JSON object or says something else than ids.
+    """
+    try:
+        content = parsed_text(tokenizer.files.get(GENERATION, b"{}"))
+        published = content.get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{GENERATION} beside the tokenizer is no JSON object ({error}): copy it again") from error
+    every = published if isinstance(published, list) else [published]
+    if published is not None and not all(type(each) is int and each >= 0 for each in every):
+        raise InputError(f"{GENERATION} beside the tokenizer: eos_token_id={published!r} is no id and no list of ids")
     return tokenizer.end_of_text if published is None else published
 
 

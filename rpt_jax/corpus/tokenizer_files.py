@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from rpt_jax.json_file import parsed_text
 from rpt_jax.records import InputError
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
@@ -24,6 +25,7 @@ SPACE = "▁"  # U+2581, how SentencePiece writes a space
 # only tokenizer_config.json is read here.
 CONFIG = "tokenizer_config.json"
 COMPANIONS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece that is one raw byte
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -49,20 +51,26 @@ def sentencepiece_parts(file: Path) -> Parts:
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(raw)
-    except DecodeError:
-        proto.Clear()
-    if not proto.pieces:
+        pieces = {i: piece.piece for i, piece in enumerate(proto.pieces)}
+    except (DecodeError, UnicodeDecodeError):
+        pieces = {}
+    if not pieces:
         raise InputError(f"{file}: not a SentencePiece model; give the .model file that its training wrote")
     kinds, spaced = type(proto.pieces[0]), proto.normalizer_spec.escape_whitespaces
-    pieces = {i: piece.piece for i, piece in enumerate(proto.pieces)}
     contents = {}
     for i, piece in enumerate(proto.pieces):
         text = piece.piece.replace(SPACE, " ") if spaced else piece.piece
-        contents[i] = bytes([int(piece.piece[3:5], 16)]) if piece.type == kinds.BYTE else text.encode()
+        is_byte = piece.type == kinds.BYTE
+        if is_byte and not BYTE.fullmatch(piece.piece):
+            raise InputError(f"{file}: piece {i}, {piece.piece!r}, is marked as a byte and names none: copy it again")
+        contents[i] = bytes([int(piece.piece[3:5], 16)]) if is_byte else text.encode()
     special = [i for i, piece in enumerate(proto.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
     added = tuple((i, pieces[i], True) for i in special) + _added_tokens(file, config)
     _switch_off_normalisation(proto)
-    engine = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    try:
+        engine = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{file}: SentencePiece cannot use it ({error}): train or copy it again") from error
     end = _end_of_text(config) or (pieces[engine.eos_id()] if engine.eos_id() >= 0 else None)
     return Parts(file, engine, pieces, contents, spaced, added, end, {"tokenizer.model": raw} | _companions(file))
 
@@ -77,7 +85,7 @@ def _switch_off_normalisation(proto) -> None:
 
 def tokenizer_json_parts(file: Path) -> Parts:
     """Reads a tokenizer.json of byte-level BPE, or of BPE in SentencePiece's manner with byte fallback."""
-    description, config = read_json(file), _config_beside(file)
+    description, config = read_description(file), _config_beside(file)
     model = description.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise InputError(f"{file}: not a tokenizer.json; it has no model with a vocabulary")
@@ -94,7 +102,7 @@ def tokenizer_json_parts(file: Path) -> Parts:
         raise InputError(f"{file}: `tokenizers` cannot read it: {error}") from error
     if not byte_level:
         engine.normalizer = normalizers.Replace(" ", SPACE)
-    pieces = {i: piece for piece, i in model["vocab"].items()}
+    pieces = _by_id(file, model["vocab"])
     contents = {i: (_byte_level_bytes if byte_level else _spaced_bytes)(piece) for i, piece in pieces.items()}
     added = _added_tokens(file, config, description.get("added_tokens") or ())
     files = {"tokenizer.json": file.read_bytes()} | _companions(file)
@@ -133,7 +141,7 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
         if not file.is_file():
             raise InputError(f"{file} is missing: vocab.json and merges.txt belong together in one folder")
     vocab, config = read_json(vocab_file), _config_beside(vocab_file)
-    maker = config.get("tokenizer_class", "Qwen2Tokenizer")
+    maker = str(config.get("tokenizer_class", "Qwen2Tokenizer"))
     if "GPT2" in maker:
         split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif "Qwen2" in maker:
@@ -146,7 +154,7 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
     except Exception as error:  # the Rust side raises bare Exception
         raise InputError(f"{folder}: vocab.json and merges.txt make no BPE tokenizer: {error}") from error
     engine.pre_tokenizer = split
-    pieces = {i: piece for piece, i in vocab.items()}
+    pieces = _by_id(vocab_file, vocab)
     contents = {i: _byte_level_bytes(piece) for i, piece in pieces.items()}
     end = "<|endoftext|>"  # GPT-2 has it in the vocabulary and lists it nowhere
     added = (((vocab[end], end, True),) if end in vocab else ()) + _added_tokens(vocab_file, config)
@@ -157,12 +165,24 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
 def read_json(file: Path) -> dict:
     """The JSON object in a file; raises InputError if there is none."""
     try:
-        content = json.loads(file.read_bytes())
+        content = parsed_text(file.read_bytes())
     except ValueError as error:  # UnicodeDecodeError too
         raise InputError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def read_description(file: Path) -> dict:
+    """The object in a tokenizer.json; raises InputError where `_steps` could not take its parts apart."""
+    description = read_json(file)
+    for name in ("normalizer", "pre_tokenizer"):
+        part = description.get(name) or {"type": "none"}
+        steps = _steps(part) if isinstance(part, dict) else [part]
+        known = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+        if not known or not all(isinstance(step.get("type"), str) for step in steps):
+            raise InputError(f"{file}: its {name} is no step, or sequence of steps, of a type: copy the file again")
+    return description
 
 
 def is_byte_level(description: dict) -> bool:
@@ -179,6 +199,13 @@ def _companions(file: Path) -> dict[str, bytes]:
     return {name: file.with_name(name).read_bytes() for name in COMPANIONS if file.with_name(name).is_file()}
 
 
+def _by_id(file: Path, vocab) -> dict[int, str]:
+    """The pieces of a vocabulary by id; raises InputError where it is none."""
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise InputError(f"{file}: its vocabulary does not give each piece a whole number from 0: copy the file again")
+    return {i: piece for piece, i in vocab.items()}
+
+
 def _end_of_text(config: dict) -> str | None:
     end = config.get("eos_token")
     return end.get("content") if isinstance(end, dict) else end
@@ -187,10 +214,12 @@ def _end_of_text(config: dict) -> str | None:
 def _added_tokens(file: Path, config: dict, described=()) -> tuple[tuple[int, str, bool], ...]:
     """(id, text, special) of a tokenizer.json's added tokens, then of a tokenizer_config.json's."""
     try:
-        listed = [(token["id"], token) for token in described]
+        listed = [(int(token["id"]), token) for token in described]
         listed += [(int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()]
+        if any(i < 0 for i, _ in listed):
+            raise ValueError("an id below 0")
         return tuple((i, str(token["content"]), bool(token.get("special"))) for i, token in listed)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{file} or tokenizer_config.json beside it: an added token needs a whole-number id and a `content` "
             f"({error!r})"
@@ -199,14 +228,14 @@ def _added_tokens(file: Path, config: dict, described=()) -> tuple[tuple[int, st
 
 def _steps(part: dict | None) -> list[dict]:
     """The steps of a normalizer or pre-tokenizer, out of their Sequence."""
-    if part and part["type"] == "Sequence":
+    if part and part.get("type") == "Sequence":
         return part.get("pretokenizers") or part.get("normalizers") or []
     return [part] if part else []
 
 
 def _without_prefix_space(part: dict | None) -> dict | None:
     if part and part["type"] == "Sequence":
-        return part | {"pretokenizers": [_without_prefix_space(step) for step in part["pretokenizers"]]}
+        return part | {"pretokenizers": [_without_prefix_space(step) for step in _steps(part)]}
     return part | {"add_prefix_space": False} if part and part["type"] == "ByteLevel" else part
 
 
@@ -230,6 +259,6 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 def _spaced_bytes(piece: str) -> bytes:
     """Bytes of a piece in SentencePiece's manner: <0xNN> is one byte, U+2581 a space."""
-    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+    if BYTE.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace(SPACE, " ").encode()

@@ -138,8 +138,14 @@ def at_once(reference: str, answer: str | None) -> int | None:
     if answer == reference:
         return RIGHT
     if all(re.fullmatch(r"-?[0-9]+", text) for text in (reference, answer)):
-        return RIGHT if int(answer) == int(reference) else WRONG
+        return RIGHT if _plain(answer) == _plain(reference) else WRONG
     return None
+
+
+def _plain(whole: str) -> str:
+    """A whole number without what it can do without; int() refuses thousands of digits."""
+    digits = whole.removeprefix("-").lstrip("0") or "0"
+    return f"-{digits}" if whole.startswith("-") and digits != "0" else digits
 
 
 def _ask_all(judge: Judge, pairs: list[tuple[str, str]]) -> list[int]:

@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import zipfile
-import zlib
 from pathlib import Path
 
 import jax
@@ -21,13 +19,19 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.json_file import parsed_text
 from rpt_jax.learning import checkpoints
+from rpt_jax.learning.array_file import read_arrays
 from rpt_jax.learning.checkpoints import NOT_OF_THE_FILES, first_line
 from rpt_jax.mesh import param_shardings, place
 from rpt_jax.policy import decoder
+from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError, Params
 
 FORMAT = 1
+STORED = ("float32", "bfloat16", "float16", "orbax")  # bfloat16: its bits as uint16, which numpy knows
+AGAIN = "make the policy again"
+BITS = {"bfloat16": "uint16"}
 
 
 def save_policy(
@@ -118,7 +122,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, fingerprint: str, whe
 def read_json(path: Path, *keys: str) -> dict:
     """The object in a JSON file; raises InputError that names the file, and the first of `keys` that is missing."""
     try:
-        content = json.loads(path.read_text())
+        content = parsed_text(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"no file {path}: the folder is incomplete, make it again") from error
     except ValueError as error:
@@ -135,8 +139,14 @@ def _load_folder(folder, mesh):
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: make it again")
     model = from_dict(ModelConfig, content["model"], f"{path}: model")
+    model.check()
+    if content["stored"] not in STORED or not isinstance(content["tokenizer"], dict):
+        raise InputError(
+            f"{path}: stored={content['stored']!r}, or tokenizer, is not what this program writes: {AGAIN}"
+        )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    check_tokenizer(tokenizer, **content["tokenizer"], where=str(folder / "tokenizer"))
+    made_with = [content["tokenizer"].get(name) for name in ("vocab_size", "fingerprint")]
+    check_tokenizer(tokenizer, *made_with, where=str(folder / "tokenizer"))
     check_vocabulary(model, tokenizer, str(folder))
     if content["stored"] == "orbax":
         return model, _restore_params(folder / "params", _abstract_params(model, mesh)), tokenizer
@@ -145,6 +155,8 @@ def _load_folder(folder, mesh):
 
 def _load_run(folder, mesh):
     config = from_dict(Config, read_json(folder / "config.json", "config")["config"], f"{folder}/config.json: config")
+    require_in_range(config, f"{folder}/config.json: config")
+    config.model.check()
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_vocabulary(config.model, tokenizer, str(folder))
     saved = checkpoints.folder_of(dataclasses.replace(config, run_folder=str(folder)))
@@ -176,20 +188,7 @@ def _read_arrays(path, model, stored):
     """Parameters as numpy arrays in the dtype of the model, checked against its shapes."""
     shapes = decoder.shapes(model)
     wanted = _named(shapes)
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}): copy or make the policy again") from error
-    if arrays.keys() != wanted.keys():
-        odd = sorted(arrays.keys() ^ wanted.keys())[0]
-        side = "file" if odd in arrays else "model"
-        raise InputError(f"{path}: parameter {odd!r} is in the {side} only: make the policy again")
-    for name, x in arrays.items():
-        if x.shape != wanted[name].shape:
-            raise InputError(
-                f"{path}: {name!r} has shape {x.shape}, policy.json says {wanted[name].shape}: make the policy again"
-            )
+    arrays = read_arrays(path, {name: x.shape for name, x in wanted.items()}, np.dtype(BITS.get(stored, stored)))
     leaves = [_from_disk(arrays[name], stored).astype(x.dtype) for name, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 

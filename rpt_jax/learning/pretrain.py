@@ -92,7 +92,7 @@ def _check(examples: Sequence[Example], sequence_length: int) -> None:
 
 
 def _shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(seed % 2**64)
     while True:
         for index in random.permutation(len(examples)):
             yield examples[index]

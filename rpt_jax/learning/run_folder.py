@@ -39,6 +39,8 @@ from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.learning import checkpoints, tensorboard
 from rpt_jax.learning.policy_folder import read_json
+from rpt_jax.learning.run_rows import flat, read_rows
+from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError
 
 KEPT = "run"  # folder beside the checkpoints, where those have one of their own
@@ -162,7 +164,16 @@ def read_config(folder: Path) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"no run in {str(folder)!r} (no config.json): give the folder that `rpt train` wrote")
-    return from_dict(Config, read_json(path, "config")["config"], str(path))
+    return settings_in(path, read_json(path, "config"))
+
+
+def settings_in(path: Path, described: dict) -> Config:
+    """The settings in what stands in config.json; raises InputError for wrong ones, and a wrong identity."""
+    config = from_dict(Config, described["config"], f"{path}: config")
+    require_in_range(config, f"{path}: config")
+    if not isinstance(described.get("identity", {}), dict):
+        raise InputError(f"{path}: identity is no object: it is not what this program wrote, make it again")
+    return config
 
 
 def require_same_run(config: Config, identity: dict, start: int, folder: Path | epath.Path | None = None) -> None:
@@ -174,7 +185,7 @@ def require_same_run(config: Config, identity: dict, start: int, folder: Path | 
     """
     folder = Path(config.run_folder) if folder is None else folder
     there = read_json(folder / "config.json", "config", "identity")
-    before = from_dict(Config, there["config"], f"{folder / 'config.json'}: config")  # settings since added: defaults
+    before = settings_in(folder / "config.json", there)  # settings since added: defaults
     old, new = _bound(to_dict(before)), _bound(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -245,29 +256,6 @@ def read_results(folder: Path) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file whole or not at all."""
     _write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file; a last line that a crash cut short is left out."""
-    path = Path(path)
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is no whole row
-
-
-def flops_spent(folder: Path, step: int) -> float:
-    """What a run has spent up to `step` by its rows, for checkpoints that do not say it; 0 where there are no rows."""
-    rows = read_rows(Path(folder) / "metrics.jsonl")
-    return sum(row["flops_sample"] + row["flops_update"] for row in rows if row["step"] <= step)
-
-
-def flat(row: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by "/"."""
-    out = {}
-    for name, value in row.items():
-        out |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
 
 
 def require_wandb(config: Config) -> None:

@@ -38,6 +38,7 @@ from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.batch import maybe_check, pack, shortened
 from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
 from rpt_jax.learning.inputs import Inputs, Policy
+from rpt_jax.learning.run_rows import flops_spent
 from rpt_jax.learning.update import (
     TrainState,
     init_state,
@@ -49,7 +50,7 @@ from rpt_jax.learning.update import (
 )
 from rpt_jax.mesh import make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
-from rpt_jax.records import Params
+from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +110,7 @@ def train(
             del state  # two would not fit
             state, host, start = checkpoints.restore_newest(checkpoints.folder_of(config), like, config.checkpoint)
             log.info("continuing %s after %d updates", config.run_folder, start)
-            stream.set_state(host["stream"])
-            queue = tuple(Position(*values) for values in host["queue"])
-            spent = host["flops"] if "flops" in host else run_folder.flops_spent(Path(config.run_folder), start)
+            queue, spent = _continued(stream, host, config, start)
         with (
             run_folder.open_run(config, tokenizer, start, found) as record,
             contextlib.closing(
@@ -191,6 +190,22 @@ def _save(run: Run, done: int, state: TrainState, host: dict) -> None:
 
 def _host_state(stream, queue, spent) -> dict:
     return {"stream": stream.get_state(), "queue": [dataclasses.astuple(each) for each in queue], "flops": spent}
+
+
+def _continued(
+    stream: Iterator[Position], host: dict, config: Config, start: int
+) -> tuple[tuple[Position, ...], float]:
+    """(queue, FLOPs spent) as _host_state had them; sets the stream to where it stood. Raises InputError."""
+    try:
+        stream.set_state(host["stream"])
+        queue = tuple(Position(*values) for values in host["queue"])
+        spent = float(host["flops"]) if "flops" in host else flops_spent(Path(config.run_folder), start)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"checkpoint {checkpoints.folder_of(config) / str(start)} does not say where the run stood "
+            f"({type(error).__name__}: {error}): it is damaged, start the run anew"
+        ) from error
+    return queue, spent
 
 
 def _maybe_evaluate(run: Run, state: TrainState, step: int, evaluated: int, is_last: bool = False) -> None:

@@ -48,6 +48,7 @@ TENSORS = {
     "layers.w_up": ("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
     "layers.w_down": ("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
 }
+FLOATS = ("F32", "F16", "BF16")  # of the tensors that are read
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 1 << 22  # of a tensor are read at once, on the way to their place in our layout
 ALIGNMENT = 64  # bytes: a numpy array that begins at a multiple becomes an array on a CPU device without a copy
@@ -122,13 +123,13 @@ def load_weights(folder: str | Path, model: ModelConfig, shardings: Params | Non
     next is read: beside the parameters themselves host memory holds the parts of one tensor and BLOCK_BYTES.
     Raises InputError, before anything is read, when the tensors are not exactly those that the model needs.
     """
-    leaves = _leaves(model)
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = [one] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    places = [_Place(*pair, np.dtype(model.param_dtype)) for pair in zip(leaves, placed, strict=True)]
     arrays, staging = {}, _aligned_empty(0)
     with contextlib.ExitStack() as stack:
         tensors = _open(Path(folder), stack)
+        _require_plausible(Path(folder), model, tensors)
+        leaves, one = _leaves(model), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = [one] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+        places = [_Place(*pair, np.dtype(model.param_dtype)) for pair in zip(leaves, placed, strict=True)]
         _check(Path(folder), model, leaves, tensors)
         # The largest first: when nearly all parameters are there, what is staged is small.
         for place in sorted(places, key=lambda place: -place.staged_bytes):
@@ -214,9 +215,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict:
     """The open file of each tensor by the tensor's name."""
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict):
-            raise InputError(f"{folder / INDEX}: no weight_map of tensors to files: download it again")
-        files = [folder / str(name) for name in sorted(set(places.values()), key=str)]
+        named = places.values() if isinstance(places, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name != "" for name in named):
+            raise InputError(f"{folder / INDEX}: no weight_map of tensors to files beside it: download it again")
+        files = [folder / name for name in sorted(set(named))]
     else:
         files = [folder / "model.safetensors"]
     tensors = {}
@@ -225,10 +227,21 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict:
             raise InputError(f"no {file}: download all .safetensors files of the model, and {INDEX} if there are many")
         try:
             opened = stack.enter_context(safetensors.safe_open(file, framework="np"))
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{file}: not a whole .safetensors file ({error}): download it again") from error
         tensors |= dict.fromkeys(opened.keys(), opened)
     return tensors
+
+
+def _require_plausible(folder: Path, model: ModelConfig, tensors: dict) -> None:
+    """Raises InputError where config.json asks for more than the files can hold, before the model's shapes are made."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    largest = max(model.vocab_size, model.hidden, model.heads * model.head_channels) * model.width
+    if model.layers > len(tensors) or 2 * largest > size:
+        raise InputError(
+            f"{folder}: config.json asks for {model.layers} layers and a matrix of {largest} numbers, but there are "
+            f"{len(tensors)} tensors and {size} bytes: use the config.json that belongs to these weights"
+        )
 
 
 def _check(folder: Path, model: ModelConfig, leaves: list[_Leaf], tensors: dict) -> None:
@@ -244,13 +257,21 @@ def _check(folder: Path, model: ModelConfig, leaves: list[_Leaf], tensors: dict)
             f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}: download all "
             "files of the checkpoint, with the config.json that belongs to it"
         )
+    for name, shape in shapes.items():
+        tensor = tensors[name].get_slice(name)
+        if tuple(tensor.get_shape()) != shape or tensor.get_dtype() not in FLOATS:
+            raise InputError(
+                f"{folder}: {name} is {tensor.get_dtype()} {tuple(tensor.get_shape())}, but config.json asks for a "
+                f"floating-point {shape}: use the config.json that belongs to these weights, not quantised"
+            )
     unknown = [name for name in tensors if name not in shapes and not name.endswith("rotary_emb.inv_freq")]
     if model.tied_head and "lm_head.weight" in unknown:
         head, embedding = (tensors[n].get_slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        rows, width = embedding.get_shape()
+        (rows, width), known = embedding.get_shape(), head.get_dtype() in FLOATS
         step = max(1, BLOCK_BYTES // (8 * width))
         cuts = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-        if head.get_shape() != [rows, width] or not all(np.array_equal(head[cut], embedding[cut]) for cut in cuts):
+        alike = known and head.get_shape() == [rows, width]
+        if not alike or not all(np.array_equal(head[cut], embedding[cut]) for cut in cuts):
             raise InputError(f'{folder}: lm_head.weight is not the embedding: set "tie_word_embeddings": false')
         unknown.remove("lm_head.weight")
     if unknown:
@@ -258,13 +279,6 @@ def _check(folder: Path, model: ModelConfig, leaves: list[_Leaf], tensors: dict)
             f"{folder}: {len(unknown)} tensors that the decoder does not know, the first is {min(unknown)}: choose a "
             "plain checkpoint of Llama, Qwen2 or Qwen3, not quantised and without adapters"
         )
-    for name, shape in shapes.items():
-        tensor = tensors[name].get_slice(name)
-        if tuple(tensor.get_shape()) != shape or tensor.get_dtype() not in ("F32", "F16", "BF16"):
-            raise InputError(
-                f"{folder}: {name} is {tensor.get_dtype()} {tuple(tensor.get_shape())}, but config.json asks for a "
-                f"floating-point {shape}: use the config.json that belongs to these weights, not quantised"
-            )
 
 
 def save_weights(

@@ -5,11 +5,11 @@ biases elsewhere, other kinds of RoPE scaling. Scalings are those of transformer
 """
 
 import functools
-import json
 import math
 from pathlib import Path
 
 from rpt_jax.config import ModelConfig, RopeScaling
+from rpt_jax.json_file import parsed_text
 from rpt_jax.records import InputError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -49,7 +49,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     file = Path(folder) / "config.json"
     values = read_json(file)
     family = values.get("model_type")
-    if family not in ARCHITECTURES:
+    if family not in tuple(ARCHITECTURES):
         raise InputError(f"{file}: model_type={family!r}: choose a model of type {', '.join(ARCHITECTURES)}")
     _refuse_unknown(values, file)
     get = functools.partial(_get, values, file)
@@ -71,14 +71,17 @@ def read_config(folder: str | Path) -> ModelConfig:
         tied_head=get("tie_word_embeddings", bool, False),
         context=get("max_position_embeddings", int, 0),
     )
-    model.check()
+    try:
+        model.check()
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     return model
 
 
 def read_json(file: Path) -> dict:
     """The object in a JSON file; raises InputError that names it."""
     try:
-        values = json.loads(file.read_text())
+        values = parsed_text(file.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"no {file}: give a folder with config.json and .safetensors files") from error
     except ValueError as error:
@@ -93,9 +96,9 @@ def _get(values: dict, file: Path, key: str, kind: type, default=None):
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise InputError(f"{file}: no {key}: write it into the file, the weights' shapes alone do not tell it")
-    value = float(value) if kind is float and type(value) is int else value
-    if type(value) is not kind:
-        raise InputError(f"{file}: {key}={value!r}: expected {kind.__name__}")
+    value = float(value) if kind is float and type(value) is int and abs(value) < 2**63 else value
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise InputError(f"{file}: {key}={value!r}: expected {'finite ' if kind is float else ''}{kind.__name__}")
     return value
 
 
@@ -105,7 +108,7 @@ def _refuse_unknown(values: dict, file: Path) -> None:
         if values.get(key) not in (None, only):
             has = "none" if only is None else f"{only!r} only"
             raise InputError(f"{file}: {key}={values[key]!r}, but the decoder has {has}: choose another model")
-    windowed = sorted({str(kind) for kind in values.get("layer_types") or ()} - {"full_attention"})
+    windowed = sorted({str(kind) for kind in _get(values, file, "layer_types", list, [])} - {"full_attention"})
     if windowed:
         raise InputError(f"{file}: layer_types has {windowed[0]!r}, the decoder full attention only: choose another")
 
@@ -118,7 +121,7 @@ def _read_rope(values: dict, file: Path) -> tuple[float, RopeScaling]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, RopeScaling()
-    if kind not in ROPE:
+    if kind not in tuple(ROPE):
         raise InputError(
             f"{file}: rope type {kind!r}: the decoder has default, {', '.join(ROPE)}; choose another model"
         )
@@ -126,8 +129,12 @@ def _read_rope(values: dict, file: Path) -> tuple[float, RopeScaling]:
     rope = {"original_max_position_embeddings": context} | {k: v for k, v in rope.items() if v is not None}
     scales = [_get(rope, file, key, float, 0.0) for key in ("mscale", "mscale_all_dim")]
     if all(scales):  # DeepSeek's way to give the factor on cos and sin
-        gains = [0.1 * scale * math.log(_get(rope, file, "factor", float)) + 1 for scale in scales]
-        rope.setdefault("attention_factor", gains[0] / gains[1])
+        factor = _get(rope, file, "factor", float)
+        try:
+            gains = [0.1 * scale * math.log(factor) + 1 for scale in scales]
+            rope.setdefault("attention_factor", gains[0] / gains[1])
+        except (ValueError, ZeroDivisionError) as error:
+            raise InputError(f"{file}: rope factor={factor} and mscale={scales}: no such scaling ({error})") from error
     optional = {"beta_fast", "beta_slow", "attention_factor"}
     names = {ours: name for ours, name in ROPE[kind].items() if name in rope or name not in optional}
     types = {"original_context": int}

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rpt_jax.json_file import parsed
+
 log = logging.getLogger(__name__)
 
 STALE = 600.0  # seconds
@@ -109,12 +111,15 @@ def _highest(folder: Path, name: str) -> int:
 
 def _is_free(path: Path, stale: float) -> bool:
     try:
-        holder = json.loads(path.read_text() or "{}")
-    except json.JSONDecodeError:
-        holder = {}  # being written
+        holder = parsed(path.read_bytes() or b"{}")
+    except ValueError:
+        holder = {}  # being written, or damaged: then its time tells
+    if not isinstance(holder, dict):
+        holder = {}
     if holder.get("given_back"):
         return True
-    if holder.get("host") == socket.gethostname() and not _is_alive(holder["pid"]):
+    pid = holder.get("pid")
+    if holder.get("host") == socket.gethostname() and type(pid) is int and 0 < pid < 2**31 and not _is_alive(pid):
         return True
     return _now(path.parent) - path.stat().st_mtime > stale
 

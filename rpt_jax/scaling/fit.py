@@ -14,7 +14,6 @@ lets expect (F test for lack of fit): an S-shaped rise is neither a law nor a li
 R^2 is reported and decides nothing: on five points that rise, a line has a high one, too.
 """
 
-import csv
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from rpt_jax.records import InputError
 from rpt_jax.scaling import bootstrap, power_law
 from rpt_jax.scaling.power_law import Cells, Law
+from rpt_jax.scaling.table import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ FEWEST_CELLS = 5  # or the law's AICc is infinite
 PARAMETERS = {LAW: 3, CONSTANT: 1} | dict.fromkeys(LINES, 2)
 REJECTED = 0.05  # chance of a gain below which the other curve is out
 MISFIT = 0.01  # chance of a lack of fit below which a curve is out
+MOST = 1e60  # FLOPs or outcomes that can be computed with
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def read_curves(path: Path, settings: FitSettings) -> list[Curve]:
     """
     if not Path(path).is_file():
         raise InputError(f"no table {str(path)!r}: give the csv file that `rpt sweep` has written")
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     done = [(number, row) for number, row in enumerate(rows, 2) if row.get("status", "done") == "done"]
     if not done:
         raise InputError(f"{path} has {len(rows)} rows and none of them is done: let `rpt sweep` finish some cells")
@@ -102,9 +102,10 @@ def _curve(path: Path, size: str, split: str, rows: Sequence[tuple[int, dict]], 
             accuracy, positions = float(row[f"{split}.{figure}"]), float(row[f"{split}.positions"])
             error = float(row.get(f"{split}.standard_error") or 0) if figure == "reasoning" else 0.0
             columns.append((compute, accuracy, draws(accuracy, positions, error), float(row["steps"])))
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}:{number}: {split} cannot be read ({error}): mend or delete the row") from error
-        if not (compute > 0 and 0 <= accuracy <= 1 and positions > 0):
+        are_numbers = all(0 <= each < MOST for each in (positions, *columns[-1]))
+        if not (are_numbers and compute > 0 and accuracy <= 1 and positions > 0):
             raise InputError(
                 f"{path}:{number}: flops {compute:g}, {split}.{figure} {accuracy:g}, positions {positions:g}: expected "
                 "FLOPs and positions above 0 and an accuracy from 0 to 1"

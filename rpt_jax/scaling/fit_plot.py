@@ -43,7 +43,7 @@ def draw(curves: Sequence[Curve], found: Mapping[str, Mapping[str, Mapping]], pa
         highest = max(max(np.add(each.y, np.transpose(each.errors)[-1] if each.errors else 0)) for each in drawn)
         panels.append(
             plots.Panel(
-                f"{split} positions",
+                f"{_plain(split)} positions",
                 "compute of RPT (FLOPs)",
                 "next-token accuracy",
                 drawn,
@@ -54,6 +54,11 @@ def draw(curves: Sequence[Curve], found: Mapping[str, Mapping[str, Mapping]], pa
         )
     title = "Accuracy and compute: separately trained runs, means over seeds with 95 % intervals"
     return plots.curves(panels, path, title=title)
+
+
+def _plain(name: str) -> str:
+    """A name from the table as it stands: between dollars matplotlib would look for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _drawn(curve: Curve, figures: Mapping, colour: int) -> list[plots.Curve]:
@@ -68,7 +73,7 @@ def _drawn(curve: Curve, figures: Mapping, colour: int) -> list[plots.Curve]:
         points.append((cells.compute_N[own_N].mean(), y_N[own_N].mean(), error))
     x, y, errors = (list(map(float, column)) for column in zip(*points, strict=True))
     is_law = figures["verdict"] == LAW
-    label = f"{curve.size}: " + (
+    label = f"{_plain(curve.size)}: " + (
         f"P* {figures['P_star']:.2f}, R² {figures['r2']:.3f}" if is_law else figures["verdict"]
     )
     drawn = [plots.Curve(label, x, y, "points", colour, errors=errors)]

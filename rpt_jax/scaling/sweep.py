@@ -30,7 +30,7 @@ import jax
 
 from rpt_jax import mesh as meshes
 from rpt_jax.records import InputError
-from rpt_jax.scaling import claims, sweep_cell, sweep_xpk
+from rpt_jax.scaling import claims, sweep_cell, sweep_xpk, table
 from rpt_jax.scaling.sweep_cell import Cell, Kind
 
 log = logging.getLogger(__name__)
@@ -113,10 +113,10 @@ def read_table(path: Path) -> dict[str, dict]:
     """Rows by cell; none if there is no table yet."""
     if not path.is_file():
         return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "cell" not in rows[0]:
-        raise InputError(f"{path} has no column 'cell': it is no table of a sweep, choose another --results")
+    rows = table.read_rows(path)
+    missing = [name for name in ("cell", "status") if rows and name not in rows[0]]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}: it is no table of a sweep, choose another --results")
     return {row["cell"]: row for row in rows}
 
 
@@ -237,7 +237,7 @@ def takeable(state: Sweep, left: Sequence[Cell]) -> Iterator[tuple[Kind, Cell, c
         if stage is None:
             kind, name = "stages", cell.needs
         elif stage["status"] == "failed":
-            fail(state, "cells", cell, f"its stage {cell.needs} failed: {stage['error']}")
+            fail(state, "cells", cell, f"its stage {cell.needs} failed: {stage.get('error')}")
             continue
         claim = claims.take(state.folder / "claims" / kind, name)
         if claim is None:

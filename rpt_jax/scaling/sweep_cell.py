@@ -31,10 +31,12 @@ import jax
 from rpt_jax import commands, compilation
 from rpt_jax import mesh as meshes
 from rpt_jax.config import Config
-from rpt_jax.config_dict import to_dict
-from rpt_jax.experiment_file import load_module
+from rpt_jax.config_dict import from_dict, to_dict
+from rpt_jax.experiment_file import called, load_module
+from rpt_jax.json_file import parsed
 from rpt_jax.learning import run_folder, train
 from rpt_jax.learning.inputs import Inputs
+from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError
 from rpt_jax.scaling import claims
 
@@ -73,9 +75,14 @@ class Cell:
 def load_sweep(path: str, folder: Path) -> tuple[ModuleType, list[Cell]]:
     """(the experiment file as a module, its cells); raises InputError for what is no sweep."""
     module = load_module(path)
-    if not hasattr(module, "cells"):
+    made = called(path, module.cells, folder) if callable(getattr(module, "cells", None)) else None
+    # By name: in the process of a cell this module is __main__, and its Cell another class.
+    if not isinstance(made, (list, tuple)) or not all(type(cell).__name__ == Cell.__name__ for cell in made):
         raise InputError(f"{path}: the experiment file of a sweep defines cells(folder), a list of Cell")
-    cells = [_placed(cell, folder) for cell in module.cells(folder)]
+    for cell in made:
+        from_dict(Cell, called(path, to_dict, cell), f"{path}: cell")  # dataclasses check no types
+        require_in_range(cell, f"{path}: cell")
+    cells = [_placed(cell, folder) for cell in made]
     for cell in cells:
         for name in filter(None, (cell.name, cell.needs)):
             if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
@@ -104,9 +111,20 @@ def result_file(folder: Path, kind: Kind, name: str) -> Path:
 
 
 def read_result(folder: Path, kind: Kind, name: str) -> dict | None:
-    """What a finished cell or stage left, {"status": "done" | "failed", ...}; None for one that has not ended."""
+    """What a finished cell or stage left, {"status": "done" | "failed", ...}; None for one that has not ended.
+
+    Raises InputError for a file that is no result.
+    """
     path = result_file(folder, kind, name)
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        result = parsed(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): delete it to run {name} again") from error
+    if not isinstance(result, dict) or result.get("status") not in ("done", "failed"):
+        raise InputError(f"{path} is no result of a sweep: delete it to run {name} again")
+    return result
 
 
 def write_result(folder: Path, kind: Kind, name: str, result: dict) -> None:

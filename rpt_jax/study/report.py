@@ -24,8 +24,9 @@ import numpy as np
 import rpt_jax
 from rpt_jax.config import Config
 from rpt_jax.config_dict import to_dict
+from rpt_jax.json_file import parsed
 from rpt_jax.learning.policy_folder import read_json
-from rpt_jax.learning.run_folder import flat
+from rpt_jax.learning.run_rows import flat
 from rpt_jax.records import InputError
 
 SCRIPTS = ("base.js", "charts.js", "tables.js", "rollouts.js")
@@ -89,6 +90,9 @@ def read_run(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         raise InputError(f"no run in {str(folder)!r} (no config.json): give a folder that `rpt train` wrote")
     described = read_json(folder / "config.json", "config")
+    config = described["config"]
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise InputError(f"{folder / 'config.json'}: its config has no name: it is not what `rpt train` wrote")
     results = read_json(outer / "results.json") if (outer / "results.json").is_file() else {}
     return {
         "folder": str(folder),
@@ -97,7 +101,7 @@ def read_run(folder: Path) -> dict:
         "changed": bool(described.get("changed_since_commit")),
         "versions": described.get("versions", {}),
         "devices": described.get("devices", {}),
-        "config": flat(described["config"]),
+        "config": flat(config),
         "metrics": columns(read_rows(folder / "metrics.jsonl")),
         "evaluations": read_rows(folder / "evaluations.jsonl"),
         "comparison": comparison(results),
@@ -138,7 +142,7 @@ def whole_lines(path: Path) -> list[bytes]:
         return []
     *lines, last = path.read_bytes().split(b"\n")
     try:
-        json.loads(last)
+        parsed(last)
     except ValueError:
         return lines
     return [*lines, last]
@@ -149,7 +153,7 @@ def parse_rows(path: Path, lines: Sequence[bytes], chosen: Iterable[int], needs:
     rows = []
     for i in chosen:
         try:
-            row = json.loads(lines[i])
+            row = parsed(lines[i])
         except ValueError as error:  # no JSON, or no UTF-8
             raise InputError(f"{path}:{i + 1}: not a row of JSON ({error}): mend or delete this line") from error
         if not isinstance(row, dict) or needs not in row:
@@ -186,10 +190,15 @@ def distinct_labels(named: Sequence[tuple[str, Path]]) -> list[str]:
 
 def comparison(results: Mapping) -> dict | None:
     """The table of a quickstart's results.json: {"splits": [(name, positions)], "rows": [(name, values, main)]}."""
-    if "argmax_base" not in results.get("hard", {}):
+
+    def mapping(value) -> Mapping:
+        return value if isinstance(value, Mapping) else {}
+
+    if "argmax_base" not in mapping(results.get("hard")):
         return None
-    splits = {name: results[name] for name in ("hard", "medium") if name in results}
-    splits |= {name: of for name, of in results.get("parts_of_hard", {}).items() if not name[-1].isdigit()}
+    splits = {name: mapping(results[name]) for name in ("hard", "medium") if name in results}
+    parts = mapping(results.get("parts_of_hard"))
+    splits |= {name: mapping(of) for name, of in parts.items() if not name[-1:].isdigit()}
     rows = (
         ("base, arg-max", ("argmax_base",)),
         ("base, reasoning", ("reasoning_before",)),
@@ -248,7 +257,7 @@ def given_fits(path: Path) -> list[dict]:
 
 def _json(path: Path):
     try:
-        return json.loads(path.read_bytes())
+        return parsed(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}): make it again or leave it out") from error
 

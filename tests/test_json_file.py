@@ -1,0 +1,42 @@
+"""Claims: what cannot be used of JSON is a ValueError, whatever json.loads would make of it."""
+
+import json
+
+import pytest
+
+from rpt_jax.json_file import DEEPEST, parsed, parsed_text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_values_are_those_of_json(encoding):
+    value = {"a": [1, 2.5, None, True, "zwei \U0001f600 ]]]["], "b": {"c": '\\"['}}
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
+        assert parsed(text.encode(encoding)) == parsed_text(text.encode(encoding)) == value
+    assert parsed(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"9" * 5000, "nul", b"\xef\xbb\xbf"])
+def test_what_is_no_json_is_a_value_error(content):
+    with pytest.raises(ValueError):
+        parsed(content)
+
+
+@pytest.mark.parametrize("way", [bytes, lambda text: text.decode()])
+def test_brackets_nest_so_deep_and_no_deeper(way):
+    """Far below where Python itself gives up; those in texts count not."""
+    for opening, closing, depth in ((b"[", b"]", 1), (b'{"a":', b"}", 1), (b'[{"b":', b"}]", 2)):
+        deep = DEEPEST // depth
+        parsed(way(opening * deep + b"1" + closing * deep))
+        for more in (deep + 1, 100_000):
+            with pytest.raises(ValueError, match=f"deeper than {DEEPEST}"):
+                parsed(way(opening * more + b"1" + closing * more))
+    assert parsed(way(b"[" + b",".join([b"[]"] * 500) + b"]")) == [[]] * 500
+    assert parsed(way(b'"' + b"[" * 500 + b'"')) == "[" * 500
+    assert parsed(way(b'["' + b'\\"' + b"[" * 500 + b'"]')) == ['"' + "[" * 500]
+
+
+def test_halves_of_pairs_are_refused_where_texts_are_written_on():
+    assert parsed(b'"\\ud83d"') == "\ud83d" and parsed_text(b'"\\ud83d\\ude00"') == "\U0001f600"
+    for content in (b'"\\ud83d"', b'{"\\uDE00": 1}', '["\\ud83dx"]'.encode("utf-16")):
+        with pytest.raises(ValueError, match="surrogates"):
+            parsed_text(content)
