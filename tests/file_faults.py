@@ -3,7 +3,7 @@
     python tests/file_faults.py --results experiments/results/faults.csv
 
 A row a fault, in the table of fault_campaign.py: each file of the newest checkpoint cut at every tenth of its bytes,
-with a byte turned, and removed; the run's config.json and the annotated texts likewise; a NaN in what one device holds.
+with single bytes turned, and removed; config.json and the annotated texts likewise; a NaN in what one device holds.
 Each fault must be named, with a remedy, or do no harm; the remedy must lead to the end of the run left alone, to the
 bit; what was whole must stay so. With --disks, instead, disks that are full at so many KiB (file systems in memory, so
 as root only).
@@ -34,6 +34,7 @@ from rpt_jax.records import InputError
 STEPS, HALF = 10, 8  # checkpoints at 3, 6 and the end; the first half of a struck run ends within step 8
 SAVED = (3, 6)
 TENTHS = range(0, 100, 10)
+TURNS = 3  # bytes of a file, one after the other
 NAMED = (InputError, FloatingPointError)
 
 
@@ -60,10 +61,11 @@ def cut(path: Path, percent: int) -> None:
 
 
 def turn(path: Path, randomly: random.Random) -> None:
-    """One byte becomes another."""
+    """One byte that is not zero, as padding is, becomes another."""
     content = bytearray(path.read_bytes())
-    if content:
-        content[randomly.randrange(len(content))] ^= randomly.randrange(1, 256)
+    places = [i for i, byte in enumerate(content) if byte]
+    if places:
+        content[randomly.choice(places)] ^= randomly.randrange(1, 256)
     path.write_bytes(content)
 
 
@@ -72,7 +74,8 @@ def changes(files: list[Path], randomly: random.Random, tenths=TENTHS) -> Iterat
     for path in files:
         for percent in tenths:
             yield f"cut to {percent} %", path, lambda path, percent=percent: cut(path, percent)
-        yield "byte turned", path, lambda path: turn(path, randomly)
+        for _ in range(TURNS):
+            yield "byte turned", path, lambda path: turn(path, randomly)
         yield "removed", path, lambda path: path.unlink()
 
 
