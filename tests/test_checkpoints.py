@@ -115,13 +115,16 @@ def damage(folder, how):
         data.write_bytes(data.read_bytes()[:40])
     elif how == "gone":
         data.unlink()
+    elif how == "digit":  # still JSON
+        text = (folder / "host" / "metadata").read_text()
+        (folder / "host" / "metadata").write_text(text.replace('"step": 4', '"step": 5'))
     elif how == "item":
         shutil.rmtree(folder / "rest")
     else:
         (folder / "host" / "metadata").write_text('{"stream": ')
 
 
-DAMAGES = ["cut", "gone", "item", "json", "other"]
+DAMAGES = ["cut", "gone", "item", "json", "digit", "other"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)

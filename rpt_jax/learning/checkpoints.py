@@ -2,11 +2,13 @@
 
 A checkpoint (Orbax, one folder per step, there as a whole or not at all) holds the parameters, the optimizer state with
 the step (and in a run that has one the average of parameters), and as JSON what the host needs to go on exactly: the
-state of the position stream and the dynamic-sampling queue; and fingerprints of the arrays, by which one is known that
+state of the position stream and the dynamic-sampling queue; and fingerprints of all of it, by which one is known that
 was damaged but still reads.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 from pathlib import Path
 
@@ -68,7 +70,8 @@ def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:
     if step in manager.all_steps():
         return
     rest = _rest(state)
-    host = host | {"fingerprints": {"params": fingerprint(state.params), "rest": fingerprint(rest)}}
+    found = {"params": fingerprint(state.params), "rest": fingerprint(rest), "host": _digest(host)}
+    host = host | {"fingerprints": found}
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest), host=ocp.args.JsonSave(host)
     )
@@ -144,10 +147,16 @@ def _restore(manager, step, items):
             raise
         except Exception as error:  # Orbax raises this very class for a file that is cut short
             raise _damaged(manager, step, first_line(error)) from error
-    for name, wanted in found.host.get("fingerprints", {}).items():  # earlier checkpoints have none
-        if name in found and fingerprint(found[name]) != wanted:
+    host = {name: value for name, value in found.host.items() if name != "fingerprints"}
+    for name, wanted in found.host.get("fingerprints", {}).items():  # earlier checkpoints have none, or not all
+        if name in found and (_digest(host) if name == "host" else fingerprint(found[name])) != wanted:
             raise _damaged(manager, step, f"{name} differs from what was saved")
     return found
+
+
+def _digest(host: dict) -> str:
+    """Of JSON, whatever the order of its names."""
+    return hashlib.blake2b(json.dumps(host, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _damaged(manager: Manager, step: int, how: str) -> InputError:
