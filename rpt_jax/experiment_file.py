@@ -9,7 +9,7 @@ from types import ModuleType
 
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 
 def load_module(path: str) -> ModuleType:
@@ -42,8 +42,7 @@ def called(path: str, function: Callable, *arguments):
         own = Path(path).resolve()
         places = [place for place in traceback.extract_tb(error.__traceback__) if Path(place.filename).resolve() == own]
         number = error.lineno if isinstance(error, SyntaxError) else places[-1].lineno if places else "?"
-        words = " ".join(str(error).split())
-        raise InputError(f"{path}, line {number}: {type(error).__name__}: {words}: mend the file") from error
+        raise InputError(f"{path}, line {number}: {type(error).__name__}: {words_of(error)}: mend the file") from error
 
 
 def load_experiment(path: str) -> Config:

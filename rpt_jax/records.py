@@ -27,6 +27,11 @@ class InputError(ValueError):
     """
 
 
+def words_of(what) -> str:
+    """What an exception of another library, or a name out of a file, says: on one line, for a message."""
+    return " ".join(str(what).split()) or type(what).__name__
+
+
 @struct.dataclass
 class Prompts:
     """A batch of contexts with what really follows them."""

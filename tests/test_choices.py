@@ -165,3 +165,12 @@ def test_a_letter_comes_before_an_option_of_that_text():
     assert parse_choice(b"A", ("B", "A")) == 0
     assert parse_choice(b"C", ("B", "C")) == 1  # there is no option C, so it can only be the text
     assert choices.listed(("x", "y")) == "A. x\nB. y"
+
+
+def test_a_name_of_a_column_that_is_no_text(tmp_path):
+    """Bytes of the schema changed, so that a name is no UTF-8 any more."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["q"], "subject": ["s"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"subject", b"sub\xff\xffct"))
+    with pytest.raises(InputError, match=r"a\.parquet"):
+        read_questions((str(path),), "mmlu")

@@ -128,3 +128,14 @@ def test_records_nested_too_deep(tmp_path):
     file = open_file(str(tmp_path / "a.jsonl"), ("text",))
     with pytest.raises(ValueError, match="nest deeper"):
         fields_of(file, next(scan(file))[2], ("text",))
+
+
+def test_what_libraries_say_is_one_line(tmp_path):
+    path = write_records(tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:-60] + bytes(52) + whole[-8:])
+    with pytest.raises(InputError, match="not a readable .parquet file") as raised:
+        open_file(path, ("text",))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match=r"no file matches 'a\\x00b'"):
+        matching_files(("a\0b",))

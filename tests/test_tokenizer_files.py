@@ -256,6 +256,9 @@ def test_sentencepiece_models_that_lie(tmp_path):
     whole = sentencepiece_model_pb2.ModelProto()
     whole.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
     byte = next(i for i, piece in enumerate(whole.pieces) if piece.piece == "<0x41>")
+    (tmp_path / "tokenizer.model").write_bytes(whole.SerializeToString().replace(b"<0x41>", b"<0x4\xff>"))
+    with pytest.raises(InputError, match="not a SentencePiece model"):  # a piece that is no UTF-8
+        load_tokenizer(tmp_path)
     for name, found in [("<0xZZ>", "'<0xZZ>', is marked as a byte and names none"), ("<0x42>", "SentencePiece cannot")]:
         proto = sentencepiece_model_pb2.ModelProto()
         proto.CopyFrom(whole)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow.parquet
 
 from rpt_jax.corpus.text_files import fields_of, matching_files, open_file, scan
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
@@ -128,8 +128,8 @@ def _digest(salt: str, question: Question) -> bytes:
 def _columns(path: str) -> list[str]:
     try:
         return pyarrow.parquet.read_schema(path).names
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: not a readable .parquet file ({error}); write it again") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a readable .parquet file ({words_of(error)}); write it again") from error
 
 
 def _values(where: str, file, raw: Any, fields: tuple[str, ...]) -> dict:

@@ -21,7 +21,7 @@ from rpt_jax.config import PositionConfig
 from rpt_jax.corpus import segments
 from rpt_jax.corpus.annotated_record import Annotated, pack, unpack
 from rpt_jax.json_file import parsed
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; a position is in a split if its entropy is above
 FORMAT = 1
@@ -87,7 +87,9 @@ class AnnotatedDocuments:
         try:
             return self.records.__getitems__(records)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(f"{self.folder}: a part is damaged ({error}): delete it and annotate again") from error
+            raise InputError(
+                f"{self.folder}: a part is damaged ({words_of(error)}): delete it and annotate again"
+            ) from error
 
     def _unpacked(self, record: int, packed: bytes) -> Annotated:
         return unpack(packed, f"{self.folder}, record {record}", self.header["vocab_size"])
@@ -183,11 +185,11 @@ def open_annotated(folder: Path, tokenizer=None) -> AnnotatedDocuments:
     folder = Path(folder)
     header = _read_header(folder / "header.json")
     if header.get("format") != FORMAT:
-        raise InputError(f"{folder}/header.json has format {header.get('format')}, this version reads {FORMAT}")
+        raise InputError(f"{folder}/header.json has format {header.get('format')!r}, this version reads {FORMAT}")
     if tokenizer is not None and tokenizer.fingerprint != header["tokenizer"]:
         raise InputError(
-            f"{folder} was annotated with tokenizer {header['tokenizer']} ({header['vocab_size']} tokens), the one "
-            f"given is {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens): use the same one or annotate again"
+            f"{folder} was annotated with tokenizer {words_of(header['tokenizer'])} ({header['vocab_size']} tokens), "
+            f"the one given is {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens): use that one or annotate again"
         )
     parts = [str(folder / f"part-{part:05d}.arrayrecord") for part in written_parts(folder)]
     if not parts:
@@ -196,7 +198,9 @@ def open_annotated(folder: Path, tokenizer=None) -> AnnotatedDocuments:
         try:
             ArrayRecordReader(part).close()
         except (ValueError, RuntimeError) as error:
-            raise InputError(f"{part} is no readable ArrayRecord ({error}): delete it and annotate again") from error
+            raise InputError(
+                f"{part} is no readable ArrayRecord ({words_of(error)}): delete it and annotate again"
+            ) from error
     pieces_V = None if tokenizer is None else tokenizer.token_bytes
     bytes_V = None if pieces_V is None else np.array([len(piece) for piece in pieces_V])
     return AnnotatedDocuments(folder, header, grain.sources.ArrayRecordDataSource(parts), bytes_V, pieces_V)

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from rpt_jax.json_file import parsed
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 KINDS = {
     ".jsonl": "lines",
@@ -47,8 +47,8 @@ def matching_files(patterns: tuple[str, ...], setting: str = "corpus.files") -> 
     if not patterns:
         raise InputError(f"{setting} is empty: give paths or globs, for example --{setting} data/*.jsonl")
     paths = []
-    for pattern in (os.path.expanduser(pattern) for pattern in patterns):
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    for pattern in patterns:
+        found = [] if "\0" in pattern else _found(os.path.expanduser(pattern))  # a zero byte is a ValueError there
         if not found:
             raise InputError(f"{setting}: no file matches {pattern!r} (looked from {os.getcwd()}); check the path")
         paths.extend(found)
@@ -56,6 +56,10 @@ def matching_files(patterns: tuple[str, ...], setting: str = "corpus.files") -> 
         if os.path.isdir(path):
             raise InputError(f"{setting}: {path} is a folder; name the files in it, for example {path}/*.jsonl")
     return list(dict.fromkeys(paths))
+
+
+def _found(pattern: str) -> list[str]:
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
 
 
 def open_file(path: str, fields: tuple[str, ...], setting: str = "corpus.template") -> TextFile:
@@ -80,7 +84,7 @@ def open_file(path: str, fields: tuple[str, ...], setting: str = "corpus.templat
         raise
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{path}: not a readable {suffix} file ({error}); write it again, or name it rightly"
+            f"{path}: not a readable {suffix} file ({words_of(error)}); write it again, or name it rightly"
         ) from error
     return TextFile(path, kind, content)
 
@@ -112,7 +116,9 @@ def fetch(file: TextFile, place: int) -> Any:
         try:
             return file.content[place]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(f"{file.path}:{place + 1}: damaged ArrayRecord ({error}); write the file again") from error
+            raise InputError(
+                f"{file.path}:{place + 1}: damaged ArrayRecord ({words_of(error)}); write it again"
+            ) from error
     if file.content is not None:
         end = file.content.find(b"\n", place)
         return file.content[place : end if end >= 0 else None]
@@ -132,7 +138,7 @@ def fields_of(file: TextFile, raw: Any, fields: tuple[str, ...]) -> Any:
         try:
             return {field: file.content.column(field)[raw].as_py() for field in fields}
         except (OverflowError, pyarrow.ArrowException) as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(words_of(error)) from error
     return parsed(raw.decode())
 
 

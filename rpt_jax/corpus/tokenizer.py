@@ -31,7 +31,7 @@ from rpt_jax.corpus.tokenizer_files import (
     tokenizer_json_parts,
     vocab_and_merges_parts,
 )
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 # Pieces that end a text where the files name none, if they are control pieces.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
@@ -135,7 +135,9 @@ class Tokenizer:
                 return self.engine.encode(text, add_special_tokens=False).ids
             return self.engine.encode(text)
         except Exception as error:  # the Rust side raises bare Exception
-            raise InputError(f"the tokenizer fails on the text {text[:40]!r} ({error}): use another one") from error
+            raise InputError(
+                f"the tokenizer fails on the text {text[:40]!r} ({words_of(error)}): use another one"
+            ) from error
 
     def _complaint(self, text: str) -> str:
         def is_exact(piece: str) -> bool:
@@ -215,7 +217,7 @@ def train_sentencepiece(
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=parts, model_writer=model, **settings | options)
     except (RuntimeError, OSError) as error:
-        raise InputError(f"SentencePiece cannot train {vocab_size} pieces on these texts: {error}") from error
+        raise InputError(f"SentencePiece cannot train {vocab_size} pieces on these texts: {words_of(error)}") from error
     file = Path(folder) / "tokenizer.model"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(model.getvalue())

@@ -18,7 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from rpt_jax.json_file import parsed_text
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
 # What may stand beside a tokenizer's own file. It travels with it, so that `rpt convert` can give it back; of these
@@ -54,7 +54,7 @@ def sentencepiece_parts(file: Path) -> Parts:
         pieces = {i: piece.piece for i, piece in enumerate(proto.pieces)}
     except (DecodeError, UnicodeDecodeError):
         pieces = {}
-    if not pieces:
+    if not pieces or not all(isinstance(piece, str) for piece in pieces.values()):  # bytes: no UTF-8
         raise InputError(f"{file}: not a SentencePiece model; give the .model file that its training wrote")
     kinds, spaced = type(proto.pieces[0]), proto.normalizer_spec.escape_whitespaces
     contents = {}
@@ -70,7 +70,7 @@ def sentencepiece_parts(file: Path) -> Parts:
     try:
         engine = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{file}: SentencePiece cannot use it ({error}): train or copy it again") from error
+        raise InputError(f"{file}: SentencePiece cannot use it ({words_of(error)}): train or copy it again") from error
     end = _end_of_text(config) or (pieces[engine.eos_id()] if engine.eos_id() >= 0 else None)
     return Parts(file, engine, pieces, contents, spaced, added, end, {"tokenizer.model": raw} | _companions(file))
 
@@ -99,7 +99,7 @@ def tokenizer_json_parts(file: Path) -> Parts:
     try:
         engine = tokenizers.Tokenizer.from_str(json.dumps(bare))
     except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"{file}: `tokenizers` cannot read it: {error}") from error
+        raise InputError(f"{file}: `tokenizers` cannot read it: {words_of(error)}") from error
     if not byte_level:
         engine.normalizer = normalizers.Replace(" ", SPACE)
     pieces = _by_id(file, model["vocab"])
@@ -129,8 +129,8 @@ def _require_exact_kind(file: Path, description: dict, byte_level: bool) -> None
             reasons.append(f"its normalizer {step['type']} changes the text")
     if reasons:
         raise InputError(
-            f"{file}: {reasons[0]}, so its tokens have no exact bytes; use byte-level BPE, BPE with byte fallback, or "
-            "a SentencePiece .model file"
+            f"{file}: {words_of(reasons[0])}, so its tokens have no exact bytes; use byte-level BPE, BPE with byte "
+            "fallback, or a SentencePiece .model file"
         )
 
 
@@ -148,11 +148,13 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
         words = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
         split = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     else:
-        raise InputError(f"{folder}: how {maker} splits text is not known here; give its tokenizer.json instead")
+        raise InputError(
+            f"{folder}: how {words_of(maker)} splits text is not known here; give its tokenizer.json instead"
+        )
     try:
         engine = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
     except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"{folder}: vocab.json and merges.txt make no BPE tokenizer: {error}") from error
+        raise InputError(f"{folder}: vocab.json and merges.txt make no BPE tokenizer: {words_of(error)}") from error
     engine.pre_tokenizer = split
     pieces = _by_id(vocab_file, vocab)
     contents = {i: _byte_level_bytes(piece) for i, piece in pieces.items()}

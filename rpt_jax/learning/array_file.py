@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 MOST_PACKED = 1100  # to 1: deflate cannot do better than 1032, so a file that claims more lies
 REMEDY = "copy or make the policy again"
@@ -34,8 +34,7 @@ def read_arrays(path: Path, wanted: Mapping[str, tuple[int, ...]], dtype: np.dty
     except InputError:
         raise
     except UNREADABLE as error:
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read ({words}): {REMEDY}") from error
+        raise InputError(f"{path} cannot be read ({words_of(error)}): {REMEDY}") from error
 
 
 def _read(path, file, member, name, shape, dtype) -> np.ndarray:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rpt_jax.experiment_file import load_module
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 Judge = Callable[[list[bytes], list[bytes], list[bytes]], Sequence[float]]
 
@@ -64,7 +64,7 @@ def judged(
     try:
         scores = np.asarray(judge(*arguments), np.float64)
     except Exception as error:
-        raise InputError(f"reward.judge={name!r} failed: {type(error).__name__}: {error}; mend it") from error
+        raise InputError(f"reward.judge={name!r} failed: {type(error).__name__}: {words_of(error)}; mend it") from error
     if scores.shape != (len(asked),):
         raise InputError(
             f"reward.judge={name!r} gave scores of shape {scores.shape} for {len(asked)} predictions: return one "

@@ -137,7 +137,7 @@ def _load_folder(folder, mesh):
     path = folder / "policy.json"
     content = read_json(path, "format", "model", "stored", "tokenizer")
     if content["format"] != FORMAT:
-        raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: make it again")
+        raise InputError(f"{path} has format {content['format']!r}, this version reads {FORMAT}: make it again")
     model = from_dict(ModelConfig, content["model"], f"{path}: model")
     model.check()
     if content["stored"] not in STORED or not isinstance(content["tokenizer"], dict):

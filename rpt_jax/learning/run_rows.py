@@ -33,7 +33,8 @@ def flops_spent(folder: Path, step: int) -> float:
     """What a run has spent up to `step` by its rows, for checkpoints that do not say it; 0 where there are no rows."""
     path = Path(folder) / "metrics.jsonl"
     try:
-        return sum(row["flops_sample"] + row["flops_update"] for row in read_rows(path) if row["step"] <= step)
+        spent = [row["flops_sample"] + row["flops_update"] for row in read_rows(path) if row["step"] <= step]
+        return float(sum(spent))
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: a row does not say what it has spent ({error!r}): mend or delete it") from error
 

@@ -200,7 +200,7 @@ def _continued(
         stream.set_state(host["stream"])
         queue = tuple(Position(*values) for values in host["queue"])
         spent = float(host["flops"]) if "flops" in host else flops_spent(Path(config.run_folder), start)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"checkpoint {checkpoints.folder_of(config) / str(start)} does not say where the run stood "
             f"({type(error).__name__}: {error}): it is damaged, start the run anew"

@@ -26,7 +26,7 @@ from rpt_jax import mesh
 from rpt_jax.config import ModelConfig
 from rpt_jax.policy import decoder
 from rpt_jax.policy.weights_config import config_json, read_json
-from rpt_jax.records import Array, InputError, Params
+from rpt_jax.records import Array, InputError, Params, words_of
 
 # Of each leaf of ours: the name of theirs, and for each axis of theirs, which axes of ours (L left out) it merges.
 TENSORS = {
@@ -224,11 +224,11 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict:
     tensors = {}
     for file in files:
         if not file.is_file():
-            raise InputError(f"no {file}: download all .safetensors files of the model, and {INDEX} if there are many")
+            raise InputError(f"no {words_of(file)}: download all .safetensors files, and {INDEX} if there are many")
         try:
             opened = stack.enter_context(safetensors.safe_open(file, framework="np"))
         except (safetensors.SafetensorError, ValueError, OSError) as error:
-            raise InputError(f"{file}: not a whole .safetensors file ({error}): download it again") from error
+            raise InputError(f"{file}: not a whole .safetensors file ({words_of(error)}): download again") from error
         tensors |= dict.fromkeys(opened.keys(), opened)
     return tensors
 
