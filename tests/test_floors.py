@@ -127,9 +127,9 @@ def module_name(path: Path) -> str:
 
 
 def package_files() -> dict[str, Path]:
-    """Every file that is installed, by importable name."""
+    """Every file that is installed, by importable name; rpt_jax/docs is read by Sphinx alone."""
     paths = sorted([*(ROOT / "rpt_jax").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-    return {module_name(path): path for path in paths}
+    return {module_name(path): path for path in paths if ROOT / "rpt_jax" / "docs" not in path.parents}
 
 
 def imports(source: str, module: str) -> set[str]:
