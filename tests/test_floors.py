@@ -20,6 +20,8 @@ ORDER = [
     "rpt_jax.kernels.grouped_logprob_tpu",
     "rpt_jax.kernels.grouped_logprob_xla",
     "rpt_jax.kernels.grouped_logprob",
+    "rpt_jax.settings",
+    "rpt_jax.help",
     "rpt_jax.records",
     "rpt_jax.parts",
     "rpt_jax.config",
