@@ -50,6 +50,8 @@ def test_comments_behind_and_above():
     assert found["positions.target"].about.endswith("seen before and behind it (RLPT).")
     assert found["model.rope-scaling.kind"].about == ""
     assert found["checkpoint.keep"].about == "newest checkpoints kept"
+    assert settings.comments("rpt_jax.records:Prompts")["lengths_N"] == "int32, live tokens"
+    assert "param_dtype" not in settings.comments("rpt_jax.config:ModelConfig")
 
 
 def test_flags_as_they_are_typed():

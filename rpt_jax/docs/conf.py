@@ -3,9 +3,12 @@
 In: *.md beside this file and the installed package. Out: build/docs. Nothing here is installed.
 """
 
+import dataclasses
 import re
+import textwrap
 
 import rpt_jax
+from rpt_jax import settings
 
 project = "rpt_jax"
 author = "the authors of rpt_jax"
@@ -33,7 +36,18 @@ def setup(app) -> None:
 def show_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text and not reStructuredText: turns each block of lines into what shows it as it is."""
     blocks = "\n".join(lines).strip("\n").split("\n\n")
+    if what == "class" and dataclasses.is_dataclass(obj):
+        blocks += fields(obj)
     lines[:] = "\n\n".join(shown(block) for block in blocks if block.strip()).split("\n") + [""]
+
+
+def fields(record: type) -> list[str]:
+    """The fields that have a comment, as one block of columns; none for a record without comments."""
+    about = settings.comments(f"{record.__module__}:{record.__name__}")
+    width = max(map(len, about), default=0)
+    wrapped = {name: textwrap.wrap(text, 96 - width) for name, text in about.items()}
+    rows = [f"{name * (not i):{width}}  {line}" for name, lines in wrapped.items() for i, line in enumerate(lines)]
+    return ["\n".join(rows)] if rows else []
 
 
 def shown(block: str) -> str:
