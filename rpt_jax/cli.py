@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("--version", "-V"):
         print(f"rpt_jax {rpt_jax.__version__}")
         return 0
+    if argv[0] == "completion":
+        return _complete(argv[1:])
     if argv[0] not in [name for name, _, _ in help.COMMANDS]:
         print(f"rpt: no command {argv[0]!r}\n\n{help.overview()}", file=sys.stderr)
         return 2
@@ -207,6 +209,17 @@ def parse(command: str, default, words: list[str]):
     if takes.startswith("["):
         text += " What comes first sets the defaults that are shown here."
     return tyro.cli(type(default), prog=f"rpt {command}", description=text, default=default, args=words, add_help=True)
+
+
+def _complete(words: list[str]) -> int:
+    from rpt_jax import completion
+
+    if len(words) == 1 and words[0] in completion.SHELLS:
+        print(completion.script(words[0]), end="")
+        return 0
+    asked = bool({*words} & {*help.HELP})
+    print(completion.USAGE, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 def show(figures: dict, as_json: bool) -> None:

@@ -50,7 +50,7 @@ KINDS = {"convert": CONVERSIONS, "bench": BENCHES}  # commands that have command
 USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
 HINTS = """
   COMMAND --help, --help-all: its main settings, all of them    --json: figures as one last line
-  --version
+  completion bash|zsh|fish: a script that completes these words    --version
 
 Start with `rpt quickstart`. What has been run, and with which settings, is in experiments/."""
 

@@ -26,7 +26,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^(?: {4}.*)?\n)+", re.MULTILINE)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PROGRAMS = ("rpt", "make", "pip", "python", "echo", "experiments/launch/")
+PROGRAMS = ("rpt", "make", "pip", "python", "echo", "source", "experiments/launch/")
 STAND_IN = "from rpt_jax.config import Config\n\ndef config():\n    return Config()\n"
 
 SETTINGS = [setting for page in help.PAGES.values() for setting in settings.read(page.settings)]
@@ -54,12 +54,16 @@ def commands(text: str) -> list[str]:
             starts = line.startswith(tuple(f"{program} " for program in PROGRAMS)) or line.startswith(PROGRAMS[-1])
             if line.strip() and not line.startswith("#") and (language == "bash" or starts):
                 found.append(line.strip())
-    return found + [span for span in spans(text) if re.match(r"(rpt \S+ \S|make |python \S|pip |.*\| *rpt )", span)]
+    return found + [
+        span for span in spans(text) if re.match(r"(rpt \S+ \S|make |python \S|pip |source |.*\| *rpt )", span)
+    ]
 
 
 def programs(line: str) -> list[list[str]]:
     """The words of each program of a line of shell."""
     parts = [[]]
+    if "<(" in line:
+        line = line.replace("<(", "| ").replace(")", "")
     for word in shlex.split(line, comments=True):
         if word in ("|", "&&", ";"):
             parts.append([])
@@ -161,6 +165,7 @@ def test_commands_are_found():
     text += "```bash\necho x | rpt sample r\n```\n"
     assert commands(text) == ["echo x | rpt sample r", "rpt train  --steps 2", "rpt fit a.csv"]
     assert programs("echo x | rpt sample 'a b' # c") == [["echo", "x"], ["rpt", "sample", "a b"]]
+    assert programs("source <(rpt fit a)") == [["source"], ["rpt", "fit", "a"]]
     assert len(COMMANDS) > 30 and {page.name for page, _ in COMMANDS} > {"README.md", "corpus.md", "pods.md"}
 
 

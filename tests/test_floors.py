@@ -22,6 +22,7 @@ ORDER = [
     "rpt_jax.kernels.grouped_logprob",
     "rpt_jax.settings",
     "rpt_jax.help",
+    "rpt_jax.completion",
     "rpt_jax.records",
     "rpt_jax.parts",
     "rpt_jax.config",

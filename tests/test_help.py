@@ -81,7 +81,7 @@ def test_the_overview_comes_without_words_too(capsys):
     assert shown(capsys)[:2] == (2, shown(capsys, "--help")[1])
 
 
-@pytest.mark.parametrize("words", ["--help", "train --help", "bench step --help"])
+@pytest.mark.parametrize("words", ["--help", "train --help", "bench step --help", "completion bash"])
 def test_help_imports_nothing_heavy(words):
     heavy = "print([name for name in ('jax', 'numpy', 'tyro', 'flax') if name in sys.modules])"
     code = f"import sys; from rpt_jax import cli; cli.main({words.split()}); {heavy}"
