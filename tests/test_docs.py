@@ -8,6 +8,7 @@ command line up to where their settings are read. Experiment files that readers 
 import configparser
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,9 +134,10 @@ def try_pip(words: list[str]) -> None:
     assert all((ROOT / words[i + 1]).is_file() for i, word in enumerate(words) if word == "-c")
 
 
-def try_python(words: list[str]) -> None:
+def try_python(words: list[str], monkeypatch) -> None:
     assert (ROOT / words[0]).is_file(), words[0]
     module = experiment_file.load_module(words[0])
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # tyro looks for comments there
     if hasattr(module, "Settings"):
         tyro.cli(module.Settings, args=words[1:])
 
@@ -154,7 +156,7 @@ def test_printed_commands_start(page, line, monkeypatch, tmp_path):
         elif program == "pip":
             try_pip(words)
         elif program == "python":
-            try_python(words)
+            try_python(words, monkeypatch)
         else:
             assert program in PROGRAMS, f"{page}: no check for {program}"
 
