@@ -1,6 +1,7 @@
 # make quickstart   from plain text to a policy that thinks before it predicts, on this machine
 # make test         the whole test suite
 # make lint         ruff, as CI runs it
+# make docs         the pages of rpt_jax/docs and the reference, into build/docs; warnings are errors
 #
 # Each makes the virtual environment $(VENV) first where it is missing or older than the pins. Another Python, another
 # place or more test processes: make test PYTHON=/opt/python/bin/python3.12 VENV=/tmp/venv WORKERS=8
@@ -12,7 +13,7 @@ WORKERS = 2
 EXTRAS = dev
 INSTALLED = $(VENV)/.installed
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint docs
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/rpt quickstart
@@ -23,6 +24,12 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The extra comes on top of what the tests need, the first time.
+docs: $(INSTALLED)
+	@$(VENV)/bin/python -c "import furo, myst_parser, sphinx" 2>/dev/null || \
+	  $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -q -d build/doctrees rpt_jax/docs build/docs
 
 # A Python counts if it starts, is new enough and can make virtual environments (Debian splits that off). Without
 # --no-compile pip spends 20 more seconds of two cores on bytecode of modules that are never imported.

@@ -11,54 +11,32 @@ import sys
 from collections.abc import Sequence
 
 import rpt_jax
-
-# In the order in which a newcomer needs them: name, what it takes first, what it does.
-COMMANDS = (
-    ("quickstart", "", "see the whole method on generated text, in minutes, with honest controls"),
-    ("pretrain", "", "text files -> a base policy: tokenizer and decoder from scratch"),
-    ("annotate", "[EXPERIMENT.py]", "text files -> entropy of every next token under a proxy policy"),
-    ("train", "[EXPERIMENT.py]", "hard positions -> a policy that thinks before it predicts (RPT)"),
-    ("evaluate", "[FOLDER]", "a policy or run -> next-token accuracy on held-out positions, both modes"),
-    ("choices", "[FOLDER]", "questions with options -> zero-shot accuracy, at once and by reasoning"),
-    ("harness", "[FOLDER]", "a policy or run -> tasks of lm-evaluation-harness (extra harness)"),
-    ("sweep", "EXPERIMENT.py", "sizes x compute budgets x seeds -> a row a run, side by side, resumable"),
-    ("fit", "RESULTS.csv", "a sweep's rows -> the scaling law, if they support one"),
-    ("sample", "[FOLDER]", "a policy or run, and a text -> thoughts about what comes next"),
-    ("report", "RUN [RUN ...]", "run folders -> one page to read offline: curves, figures, rollouts"),
-    ("patterns", "RUN", "thoughts of a run -> shares that show each pattern of reasoning"),
-    ("plan", "[EXPERIMENT.py]", "an experiment -> memory and seconds on a TPU slice, without one"),
-    ("convert", "HOW FROM TO", "published weights (Llama, Qwen2, Qwen3) -> a policy, and back"),
-    ("bench", "WHAT", "speed and memory: the log-prob kernel, a step, a step beside a peer's"),
-)
-CONVERSIONS = (
-    ("hf-to-orbax", "MODEL OUTPUT", "a folder or repository of published weights -> a policy"),
-    ("orbax-to-hf", "POLICY OUTPUT", "a policy or run -> weights and tokenizer that transformers opens"),
-)
-BENCHES = (
-    ("kernel", "", "speed and memory of the log-prob kernel, here or on a simulated TPU"),
-    ("step", "", "speed and memory of a step's rollout, scoring and update, and of all of it"),
-    ("compare", "PEER.py", "the same beside another implementation, measured by its script"),
-)
-USAGE = "rpt: train a language model to think before it predicts the next token.\n\n  rpt COMMAND [options]\n"
-HINTS = """
-  COMMAND --help: all its settings    COMMAND --json: one JSON object as the last line    --version
-
-Start with `rpt quickstart`. What has been run, and with which settings, is in experiments/.
-"""
+from rpt_jax import help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(help.overview())
         return 0 if argv else 2
     if argv[0] in ("--version", "-V"):
         print(f"rpt_jax {rpt_jax.__version__}")
         return 0
-    if argv[0] not in [name for name, _, _ in COMMANDS]:
-        print(f"rpt: no command {argv[0]!r}\n\n{overview()}", file=sys.stderr)
+    if argv[0] == "completion":
+        return _complete(argv[1:])
+    if argv[0] not in [name for name, _, _ in help.COMMANDS]:
+        print(f"rpt: no command {argv[0]!r}\n\n{help.overview()}", file=sys.stderr)
         return 2
+    try:
+        page = help.wanted(argv)
+    except help.NoSection as error:
+        print(f"rpt: {error}", file=sys.stderr)
+        return 2
+    if page is not None:
+        print(page, end="")
+        return 0
+    argv = ["--help" if word == help.HELP_ALL else word for word in argv]
     from rpt_jax.records import InputError
 
     _log_to_stderr()
@@ -92,16 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if figures.get("fits", True) and not figures.get("failed") else 1
 
 
-def overview() -> str:
-    """The commands on one screen."""
-    width = max(len(f"{name} {takes}") for name, takes, _ in COMMANDS)
-    return "\n".join([USAGE, *_lines(COMMANDS, width), HINTS])
-
-
-def _lines(rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
-    return [f"  {f'{name} {takes}':{width}}  {does}" for name, takes, does in rows]
-
-
 def run(command: str, words: list[str], as_json: bool = False) -> dict:
     """Reads the settings of a command and runs it; returns its figures."""
     from rpt_jax import commands, compilation, config
@@ -109,7 +77,7 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
 
     compilation.keep_on_disk()
 
-    takes = next(takes for name, takes, _ in COMMANDS if name == command)
+    takes = next(takes for name, takes, _ in help.COMMANDS if name == command)
     given = words.pop(0) if takes and words and not words[0].startswith("-") else ""
     if command == "quickstart":
         from rpt_jax.study import quickstart
@@ -195,10 +163,6 @@ def places(words: list[str]) -> list[str]:
 
 def run_bench(what: str, words: list[str]) -> dict:
     """Reads the settings of a benchmark and runs it; returns its figures."""
-    if not what and {"-h", "--help"} & set(words):
-        usage = "usage: rpt bench WHAT [options]; `rpt bench WHAT --help` lists its settings.\n"
-        print("\n".join([usage, *_lines(BENCHES, len("compare PEER.py"))]))
-        raise SystemExit(0)
     if what == "kernel":
         from rpt_jax.bench import kernel
 
@@ -222,13 +186,9 @@ def run_bench(what: str, words: list[str]) -> dict:
 
 def run_convert(how: str, words: list[str]) -> dict:
     """Reads the settings of a conversion and runs it; returns its figures."""
-    if not how and {"-h", "--help"} & set(words):
-        usage = "usage: rpt convert HOW FROM TO [options]; `rpt convert HOW --help` lists its settings.\n"
-        print("\n".join([usage, *_lines(CONVERSIONS, len("orbax-to-hf POLICY OUTPUT"))]))
-        raise SystemExit(0)
     from rpt_jax.records import InputError
 
-    if how not in [name for name, _, _ in CONVERSIONS]:
+    if how not in [name for name, _, _ in help.CONVERSIONS]:
         raise InputError(
             f"convert: {how or 'nothing'} is no conversion: use `rpt convert hf-to-orbax MODEL OUTPUT` or "
             "`rpt convert orbax-to-hf POLICY OUTPUT`"
@@ -246,14 +206,12 @@ def run_convert(how: str, words: list[str]) -> dict:
 
 
 def parse(command: str, default, words: list[str]):
-    """The dataclass of `default` with what the flags change, in range; --help lists all of them, in groups."""
+    """The dataclass of `default` with what the flags change, in range; --help-all (here --help) lists all of them."""
     import tyro
 
     from rpt_jax.ranges import require_in_range
 
-    kinds = {"bench": BENCHES, "convert": CONVERSIONS}
-    rows = [*COMMANDS, *((f"{kind} {name}", takes, does) for kind in kinds for name, takes, does in kinds[kind])]
-    _, takes, does = next(row for row in rows if row[0] == command)
+    _, takes, does = help.row_of(command)
     text = f"{does[0].upper()}{does[1:]}.\n\n{type(default).__doc__}"
     if takes:
         text += f"\n\nUsage: rpt {command} {takes} [options]."
@@ -263,6 +221,17 @@ def parse(command: str, default, words: list[str]):
     settings = tyro.cli(kind, prog=f"rpt {command}", description=text, default=default, args=words, add_help=True)
     require_in_range(settings)
     return settings
+
+
+def _complete(words: list[str]) -> int:
+    from rpt_jax import completion
+
+    if len(words) == 1 and words[0] in completion.SHELLS:
+        print(completion.script(words[0]), end="")
+        return 0
+    asked = bool({*words} & {*help.HELP})
+    print(completion.USAGE, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 def show(figures: dict, as_json: bool) -> None:

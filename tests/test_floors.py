@@ -20,6 +20,9 @@ ORDER = [
     "rpt_jax.kernels.grouped_logprob_tpu",
     "rpt_jax.kernels.grouped_logprob_xla",
     "rpt_jax.kernels.grouped_logprob",
+    "rpt_jax.settings",
+    "rpt_jax.help",
+    "rpt_jax.completion",
     "rpt_jax.records",
     "rpt_jax.parts",
     "rpt_jax.json_file",
@@ -135,9 +138,9 @@ def module_name(path: Path) -> str:
 
 
 def package_files() -> dict[str, Path]:
-    """Every file that is installed, by importable name."""
+    """Every file that is installed, by importable name; rpt_jax/docs is read by Sphinx alone."""
     paths = sorted([*(ROOT / "rpt_jax").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-    return {module_name(path): path for path in paths}
+    return {module_name(path): path for path in paths if ROOT / "rpt_jax" / "docs" not in path.parents}
 
 
 def imports(source: str, module: str) -> set[str]:
