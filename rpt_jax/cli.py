@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import rpt_jax
-from rpt_jax import help
+from rpt_jax import disk, help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rpt: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a name too long, a folder where a file is expected, no room, no permission
+        disk.end_if_full(error)
         print(f"rpt: {error}: check the name, what is there, and who may read and write it", file=sys.stderr)
         return 2
     except MemoryError as error:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rpt: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        from rpt_jax import agreement, disk
+        from rpt_jax import agreement
 
         disk.end_if_full(error)
         agreement.end_if_host_lost(error)

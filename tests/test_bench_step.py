@@ -138,12 +138,12 @@ def test_advantages_are_those_of_rewards_in_units_of_the_sample():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--repeats", "0"], "repeats=0, warmup=1: use one phase or more, repeats of 1 or more"),
+        (["--repeats", "0"], "repeats=0: use 1 or more"),
         (["--phases"], "phases=[], repeats=5"),
         (["--cores", "100000"], "cores='100000': use some of 0"),
         (["--no-refill"], "slots=0, refill=False: use 0 or more, and without refill a divisor of the 64 rollouts that"),
         (["--no-refill", "--slots", "12"], "slots=12, refill=False"),
-        (["--slots", "-8"], "slots=-8, refill=True"),
+        (["--slots", "-8"], "slots=-8: use 0 or more"),
         (["--workload.group", "1"], "workload.group=1: use 2 or more"),
         (["--workload.kv-heads", "3"], "model.heads=8 is no multiple of model.kv_heads=3"),
     ],

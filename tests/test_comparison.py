@@ -8,33 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_quickstart import TINY
 
-from rpt_jax.config import ModelConfig, PretrainConfig
+from rpt_jax.config import ModelConfig
 from rpt_jax.config_dict import to_dict
 from rpt_jax.experiment_file import load_module
 from rpt_jax.learning import run_folder
 from rpt_jax.records import InputError
 from rpt_jax.scaling import claims
 from rpt_jax.study import quickstart
-from rpt_jax.study.base import BaseConfig
 from rpt_jax.study.controls import ExpertConfig, Trained
-from rpt_jax.study.quickstart import QuickstartConfig
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 comparison = load_module(str(EXPERIMENTS / "comparison.py"))
 append_row, read_rows = comparison.append_row, comparison.read_rows
-
-TINY = QuickstartConfig(
-    from_scratch=True,
-    documents=39,
-    evaluation_documents=26,
-    base=BaseConfig(
-        width=16, layers=1, heads=2, examples=100, pretrain=PretrainConfig(batch_size=8, sequence_length=88, steps=3)
-    ),
-    steps=2,
-    batch_size=8,  # divides over the eight devices of the tests
-    group_size=2,
-)
 
 
 def settings_in(folder, **options):

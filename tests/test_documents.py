@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import tokenizers
+import toy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from rpt_jax.config import CorpusConfig
@@ -20,13 +20,7 @@ from rpt_jax.records import InputError
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Byte-level without merges: a token is a byte."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return toy.bytewise(tmp_path_factory.mktemp("tokenizer"))
 
 
 def write(path, *lines):

@@ -14,7 +14,7 @@ from toy import Stop, rows_of, stop_at
 
 from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, RewardConfig
 from rpt_jax.corpus.positions import Positions
-from rpt_jax.learning import checkpoints, train
+from rpt_jax.learning import train
 from rpt_jax.mesh import make_mesh
 from rpt_jax.policy.scorer import score_tokens
 from rpt_jax.records import InputError
@@ -64,14 +64,8 @@ def finished():
 def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path):
     """Parameters, moments and average to the bit, and every row; each update was one."""
     folder, state = finished()
-    with pytest.raises(Stop):
-        run(settings(tmp_path), report=stop_at(7))
-    assert checkpoints.newest_step(tmp_path / "checkpoints") == 4
-    continued = run(settings(tmp_path))
+    continued = toy.assert_continues(run, settings, (folder, state), tmp_path, stopped=7, saved=4)
     assert jax.tree.structure(continued) == jax.tree.structure(state) and continued.average is not None
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(continued), jax.device_get(state))
-    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
-        assert rows_of(tmp_path, name) == rows_of(folder, name)
     assert all(row["gradient_norm"] > 1e-4 and row["zero_variance_share"] < 1 for row in rows_of(folder))
 
 

@@ -229,7 +229,7 @@ def test_the_command(tmp_path, capsys, policy):
     scored, thought = by_logprob(*given), by_reasoning(*given)
     assert figures["logprob"] == scored.figures(questions) and figures["reasoning"] == thought.figures(questions)
     assert (figures["questions"], figures["categories"], figures["skipped_records"]) == (3, 2, 0)
-    rows = run_folder.read_rows(tmp_path / "a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [(row["where"], row["answer"]) for row in rows] == [(q.where, "ABCD"[q.answer]) for q in questions]
     assert [row["reasoning"] for row in rows] == thought.shown
 

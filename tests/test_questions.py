@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-import tokenizers
 import toy
 
 from rpt_jax.config import Config, PositionConfig, PromptConfig, QuestionConfig
@@ -24,13 +23,7 @@ GSM8K = {"question": "question", "answer_after": "####"}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Byte-level without merges: a token is a byte."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return toy.bytewise(tmp_path_factory.mktemp("tokenizer"))
 
 
 def write(path, *records) -> tuple[str, ...]:

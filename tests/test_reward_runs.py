@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 import toy
-from toy import Stop, rows_of, stop_at
+from toy import rows_of
 
 from rpt_jax.config import MeshConfig, RewardConfig
-from rpt_jax.learning import checkpoints, train
+from rpt_jax.learning import train
 from rpt_jax.mesh import make_mesh
 
 STEPS = 6
@@ -65,14 +65,7 @@ def test_a_run_pays_what_the_rollouts_say(kind):
 
 @KINDS
 def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path, kind):
-    folder, state = finished(kind)
-    with pytest.raises(Stop):
-        run(settings(tmp_path, kind), report=stop_at(4))
-    assert checkpoints.newest_step(tmp_path / "checkpoints") == 2
-    continued = run(settings(tmp_path, kind))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(continued), jax.device_get(state))
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert rows_of(tmp_path, name) == rows_of(folder, name)
+    toy.assert_continues(run, lambda folder: settings(folder, kind), finished(kind), tmp_path, stopped=4, saved=2)
 
 
 def test_the_two_kinds_are_different_runs():

@@ -18,7 +18,7 @@ from rpt_jax.corpus import positions
 from rpt_jax.corpus.positions import Annotated, Position, open_annotated, select_positions
 from rpt_jax.corpus.prompts import assemble, contexts_of
 from rpt_jax.corpus.templates import FITTING, load_template, require_fitting
-from rpt_jax.learning import checkpoints, train
+from rpt_jax.learning import train
 from rpt_jax.learning.policy_folder import save_policy
 from rpt_jax.mesh import make_mesh
 from rpt_jax.records import InputError
@@ -142,14 +142,7 @@ def test_a_run_learns_and_counts_whole_segments(target):
 
 @TARGETS
 def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path, target):
-    path, state = finished(target)
-    with pytest.raises(Stop):
-        run(settings(tmp_path, target), report=stop_at(5))
-    assert checkpoints.newest_step(tmp_path / "checkpoints") == 4
-    continued = run(settings(tmp_path, target))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(continued), jax.device_get(state))
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert rows_of(tmp_path, name) == rows_of(path, name)
+    toy.assert_continues(run, lambda folder: settings(folder, target), finished(target), tmp_path, stopped=5, saved=4)
 
 
 def test_a_judge_pays_and_right_stays_right(tmp_path):

@@ -15,10 +15,10 @@ import test_mesh_law as law
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import Stop, rows_of, stop_at
+from toy import rows_of
 
 from rpt_jax.config import MeshConfig
-from rpt_jax.learning import batch, checkpoints, text_loss, train, update
+from rpt_jax.learning import batch, text_loss, train, update
 from rpt_jax.mesh import make_mesh, param_shardings, place
 from rpt_jax.policy import decoder, flops
 from rpt_jax.policy.decoder import forward, output_head
@@ -155,13 +155,7 @@ def finished():
 
 
 def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path):
-    folder, state = finished()
-    with pytest.raises(Stop):
-        run(settings(tmp_path), report=stop_at(4))
-    assert checkpoints.newest_step(tmp_path / "checkpoints") == 2
-    continued = run(settings(tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(continued), jax.device_get(state))
-    assert rows_of(tmp_path) == rows_of(folder)
+    toy.assert_continues(run, settings, finished(), tmp_path, stopped=4, saved=2)
 
 
 def test_a_run_reports_and_counts_its_text():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+import tokenizers
 
 from rpt_jax.config import (
     CheckpointConfig,
@@ -20,8 +22,8 @@ from rpt_jax.config import (
 from rpt_jax.corpus import positions
 from rpt_jax.corpus.positions import Annotated, Positions
 from rpt_jax.corpus.templates import load_template
-from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
-from rpt_jax.learning import run_folder
+from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.learning import checkpoints, run_folder
 from rpt_jax.policy import decoder, scorer
 
 LETTERS = "abcdefgh"
@@ -36,6 +38,15 @@ def tokenizer() -> Tokenizer:
     folder = Path(tempfile.mkdtemp())
     texts = [*TEXTS, "{}01234 "]
     return train_sentencepiece(texts, 24, folder, SYMBOLS, model_type="char", byte_fallback=False)
+
+
+def bytewise(folder: Path) -> Tokenizer:
+    """Byte-level without merges: a token is a byte."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
 
 
 def model(**options) -> ModelConfig:
@@ -118,6 +129,23 @@ def stop_at(step):
             raise Stop
 
     return report
+
+
+def assert_continues(run, settings, whole, folder, stopped: int, saved: int, streams=run_folder.STREAMS):
+    """A run that ends as in a crash within the step `stopped`, after a checkpoint at `saved`, and goes on, is the run
+    that was not broken off: parameters and optimizer state to the bit, and every row.
+
+    run: run(config, **options) -> state; settings: settings(folder) -> config; whole: (its folder, its state).
+    """
+    path, state = whole
+    with pytest.raises(Stop):
+        run(settings(folder), report=stop_at(stopped))
+    assert checkpoints.newest_step(folder / "checkpoints") == saved
+    continued = run(settings(folder))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(continued), jax.device_get(state))
+    for name in streams:
+        assert rows_of(folder, name) == rows_of(path, name), name
+    return continued
 
 
 def rows_of(folder, name="metrics.jsonl") -> list[dict]:
