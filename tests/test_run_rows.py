@@ -35,7 +35,14 @@ def test_names_are_joined():
     assert flat({"a": {"b": 1, "c": {"d": []}}, "e": None}) == {"a/b": 1, "a/c/d": [], "e": None}
 
 
-@pytest.mark.parametrize("line", ['{"step": 1}', '{"step": 1, "flops_sample": "x", "flops_update": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1}',
+        '{"step": 1, "flops_sample": 1' + "0" * 400 + ', "flops_update": 1}',
+        '{"step": 1, "flops_sample": "x", "flops_update": 1}',
+    ],
+)
 def test_rows_that_do_not_say_what_they_spent(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     assert flops_spent(tmp_path, 0) == 0

@@ -358,7 +358,8 @@ def test_a_config_that_asks_for_more_than_there_is(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "places", [[], 7, {"a": 7}, {"a": ["b"]}, {"a": "../b.safetensors"}, {"a": "/etc/passwd"}, {"a": ""}]
+    "places",
+    [[], 7, {"a": 7}, {"a": ["b"]}, {"a": "../b.safetensors"}, {"a": "/etc/passwd"}, {"a": ""}, {"a": "x" * 5000}],
 )
 def test_indexes_name_files_beside_them(places, tmp_path):
     write(tmp_path, LLAMA, published(LLAMA))

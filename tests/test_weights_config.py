@@ -280,3 +280,11 @@ def test_files_that_are_no_config(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=f"config.json: {message}"):
         read_config(tmp_path)
+
+
+def test_code_that_a_config_names_is_not_run(tmp_path):
+    """auto_map and the like are for loaders that trust what they download."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    named = {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil--x.Model"}, "trust_remote_code": True}
+    assert written(tmp_path, TINY | named) == written(tmp_path, TINY)
+    assert not (tmp_path / "ran").exists()

@@ -41,7 +41,7 @@ from rpt_jax.learning import checkpoints, tensorboard
 from rpt_jax.learning.policy_folder import read_json
 from rpt_jax.learning.run_rows import flat, read_rows
 from rpt_jax.ranges import require_in_range
-from rpt_jax.records import InputError
+from rpt_jax.records import InputError, words_of
 
 KEPT = "run"  # folder beside the checkpoints, where those have one of their own
 STREAMS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
@@ -194,10 +194,11 @@ def require_same_run(config: Config, identity: dict, start: int, folder: Path | 
                 "--run-folder, or give the same settings to continue it"
             )
     for name in identity:
-        if there["identity"].get(name) != identity[name]:
+        was, now = there["identity"].get(name), identity[name]
+        if was != now:
             raise InputError(
-                f"{folder} holds a run with another {name.replace('_', ' ')} ({there['identity'].get(name)}, now "
-                f"{identity[name]}): choose another --run-folder, or give the same to continue it"
+                f"{folder} holds a run with another {name.replace('_', ' ')} ({words_of(was)}, now {words_of(now)}): "
+                "choose another --run-folder, or give the same to continue it"
             )
     if start > config.steps:
         raise InputError(

@@ -35,7 +35,7 @@ def flops_spent(folder: Path, step: int) -> float:
     try:
         spent = [row["flops_sample"] + row["flops_update"] for row in read_rows(path) if row["step"] <= step]
         return float(sum(spent))
-    except (KeyError, TypeError) as error:
+    except (ArithmeticError, KeyError, TypeError) as error:
         raise InputError(f"{path}: a row does not say what it has spent ({error!r}): mend or delete it") from error
 
 

@@ -216,7 +216,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict:
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
         named = places.values() if isinstance(places, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name != "" for name in named):
+        if not all(isinstance(name, str) and Path(name).name == name and 0 < len(name) < 200 for name in named):
             raise InputError(f"{folder / INDEX}: no weight_map of tensors to files beside it: download it again")
         files = [folder / name for name in sorted(set(named))]
     else:
