@@ -310,7 +310,7 @@ def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> No
         there, here = annotated.header.get(name), getattr(config, name)
         if there != here:
             raise InputError(
-                f"{annotated.folder} was annotated with {name}={there}, the run says positions.{name}={here}: "
+                f"{annotated.folder} was annotated with {name}={there!r}, the run says positions.{name}={here}: "
                 "entropies of the two differ, so annotate again or set it to what the annotation used"
             )
     if config.select != "threshold" and not 0 < config.share <= 1:
