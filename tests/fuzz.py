@@ -31,7 +31,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "", "HF_HUB_
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 CASES = HERE / "fuzz_cases"
 PACKAGE = os.sep + "rpt_jax" + os.sep
-SMALL, MOST = 1500, 99  # bytes of a case that is kept, and cases of a surface
+SMALL, MOST = 1500, 100  # bytes of a case that is kept, and cases of a surface
 SECONDS = 60  # of one case
 SPARE = 3 << 30  # bytes of address space that cases may take beyond what is taken at the start
 BATCH = 25_000  # cases of one process
