@@ -224,8 +224,7 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
         )
     policy = model, tokenizer, load_template(config.prompt.template, config.prompt.chat)
     shared = {"prompt": config.prompt, "sample": config.sample, "config": config.evaluate, "seed": config.seed}
-    shared |= {"end_ids": end_ids(tokenizer, config.sample.end_tokens), "mesh": mesh}
-    shared |= {"progress": _progress("batches evaluated")}
+    shared |= {"end_ids": end_ids(tokenizer, config.sample.end_tokens), "progress": _progress("batches evaluated")}
     if are_questions:
         config.questions.check(config.evaluate.annotated)
         judge.check_ready(config.prompt)
@@ -237,7 +236,7 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
     for split in splits.values():
         require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)
     exam = annotated.documents, splits
-    return lambda params: study.evaluate(params, *policy, *exam, banned_ids=banned, **shared).summary()
+    return lambda params: study.evaluate(params, *policy, *exam, banned_ids=banned, mesh=mesh, **shared).summary()
 
 
 def _read_corpus(config: PretrainRun) -> tuple[Tokenizer, Corpus]:

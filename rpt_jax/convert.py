@@ -63,8 +63,6 @@ def from_published(source: str, output: str, config: FromPublished) -> dict:
 def to_published(source: str, output: str, config: ToPublished) -> dict:
     """Writes the folder and returns its figures; source: a policy or run folder."""
     _require_names(source, output, "orbax-to-hf POLICY OUTPUT")
-    if not 0 < config.file_gib < 2**30:
-        raise InputError(f"file_gib={config.file_gib}: use more than 0")
     require_new_folder(Path(output))
     began = time.perf_counter()
     model, params, tokenizer = load_policy(Path(source))

@@ -1,9 +1,12 @@
-"""JSON text -> plain values; whatever keeps it from being used is a ValueError, so that readers catch that alone."""
+"""JSON text and files -> plain values; whatever keeps one from being used is a ValueError, of a file an InputError."""
 
 import itertools
 import json
 import re
+from pathlib import Path
 from typing import Any
+
+from rpt_jax.records import InputError
 
 DEEPEST = 100  # brackets within brackets: what walks through the values calls itself once for each
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -32,6 +35,22 @@ def parsed_text(content: bytes | str) -> Any:
     if HALF.search(_as_text(content)):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
+
+
+def read_object(path: Path, *keys: str, remedy: str = "make it again") -> dict:
+    """The object in a JSON file; raises InputError that names it, the first of `keys` it lacks, and the remedy."""
+    try:
+        content = parsed_text(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"no file {path}: {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}: {remedy}")
+    for key in keys:
+        if key not in content:
+            raise InputError(f"{path} has no {key!r}: it is not what this program wrote, {remedy}")
+    return content
 
 
 def _depth(content: bytes | str) -> int:
