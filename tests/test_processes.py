@@ -13,7 +13,7 @@ import pytest
 import toy_run
 
 from rpt_jax import agreement
-from rpt_jax.learning import run_folder
+from rpt_jax.learning import run_rows
 from rpt_jax.mesh import make_mesh
 
 STEPS = 20
@@ -39,7 +39,7 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on(tmp_path):
     assert fault_campaign.rows(tmp_path / "two") == rows
     alone(tmp_path / "two", mesh=(1, 1, 1), steps=STEPS + 3)
     alone(tmp_path / "one", steps=STEPS + 3)
-    shown = (run_folder.read_rows(tmp_path / side / "rollouts.jsonl") for side in ("two", "one"))
+    shown = (run_rows.read_rows(tmp_path / side / "rollouts.jsonl") for side in ("two", "one"))
     texts = [[row | {"pieces": None} for row in rows] for rows in shown]  # log-probs are rounded otherwise
     assert texts[0] == texts[1] and texts[0][-1]["step"] == STEPS + 3
     for ours, theirs in zip(*(fault_campaign.rows(tmp_path / side) for side in ("two", "one")), strict=True):
