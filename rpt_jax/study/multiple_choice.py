@@ -34,7 +34,7 @@ from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder
 from rpt_jax.policy.sampler import sample
 from rpt_jax.records import InputError, Params, Prompts
-from rpt_jax.study.continuations import cut_left, encode_pair, score_pairs
+from rpt_jax.study.continuations import cut_left, encode_pair, rows_of_batch, score_pairs
 from rpt_jax.study.evaluate import KEY
 
 log = logging.getLogger(__name__)
@@ -237,8 +237,7 @@ def by_reasoning(
     prompts, cut_N = prompts_of(questions, tokenizer, template, config.prompt)
     params = decoder.gathered(params, model)
     key = jax.random.fold_in(jax.random.key(config.seed), KEY)
-    parts = 1 if mesh is None else meshes.batch_parts(mesh)
-    size = min(config.batch_size, -(-len(questions) // parts) * parts)
+    size = rows_of_batch(len(questions), config.batch_size, mesh)
     progress = _progress("batches of questions answered")
     right_N, formatted_N, shown = np.zeros(len(questions)), np.zeros(len(questions)), [{} for _ in questions]
     order = np.argsort(prompts.lengths_N, kind="stable")
