@@ -27,7 +27,7 @@ import toy_run
 
 from rpt_jax.config import CheckpointConfig
 from rpt_jax.corpus.positions import open_annotated
-from rpt_jax.learning import checkpoints, run_folder, train
+from rpt_jax.learning import checkpoints, run_rows, train
 from rpt_jax.mesh import make_mesh
 from rpt_jax.records import InputError
 
@@ -191,7 +191,7 @@ def strike_disk(disk: Path, alone: Path, kib: int) -> dict:
 
 
 def ended(struck: Path, alone: Path, said: str, continued_from) -> dict:
-    step = max((row["step"] for row in run_folder.read_rows(struck / "metrics.jsonl")), default=0)
+    step = max((row["step"] for row in run_rows.read_rows(struck / "metrics.jsonl")), default=0)
     same = fault_campaign.same(struck, alone)
     return {"step": step, "continued_from": continued_from, "restarts": int(bool(said)), "same": same, "said": said}
 
