@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import fault_campaign
 import orbax.checkpoint as ocp
+import toy_run
 
 from rpt_jax.learning import checkpoints
 from rpt_jax.study import quickstart
@@ -50,13 +50,11 @@ def config():
 
 
 def start(experiment: Path, folder: Path, processes: int) -> list[subprocess.Popen]:
-    """`rpt train` in each process, with words to a pipe."""
+    """`rpt train` in each process; process P writes what it says to FOLDER.saidP."""
     command = [Path(sys.executable).with_name("rpt"), "train", experiment, "--run-folder", folder]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        command += ["--mesh.coordinator", f"localhost:{port}", "--mesh.processes", processes, "--mesh.data", processes]
+        command += ["--mesh.coordinator", f"localhost:{toy_run.free_port()}"]
+        command += ["--mesh.processes", processes, "--mesh.data", processes]
     return [
         subprocess.Popen(
             [*map(str, command), *(["--mesh.process", str(process)] if processes > 1 else [])],
