@@ -35,6 +35,7 @@ from rpt_jax.corpus.questions import open_questions
 from rpt_jax.corpus.segments import require_room
 from rpt_jax.corpus.templates import load_template, require_fitting
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.json_file import write_json
 from rpt_jax.learning import judge, run_folder, train
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.inputs import Inputs
@@ -197,7 +198,7 @@ def run_evaluate(config: EvaluateRun) -> dict:
     model, params, tokenizer = load_policy(config.policy, mesh)
     figures = _evaluation(config, model, tokenizer, mesh)(params)
     if config.results and jax.process_index() == 0:
-        run_folder.write_json(Path(config.results), figures)
+        write_json(Path(config.results), figures)
     return figures
 
 

@@ -1,7 +1,9 @@
-"""JSON text and files -> plain values; whatever keeps one from being used is a ValueError, of a file an InputError."""
+"""JSON text and files -> plain values, and back; whatever keeps one from being used is a ValueError, of a file an
+InputError, and files are written whole or not at all."""
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,19 @@ def read_object(path: Path, *keys: str, remedy: str = "make it again") -> dict:
         if key not in content:
             raise InputError(f"{path} has no {key!r}: it is not what this program wrote, {remedy}")
     return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file whole or not at all, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _depth(content: bytes | str) -> int:

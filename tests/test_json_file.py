@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rpt_jax.json_file import DEEPEST, parsed, parsed_text, read_object
+from rpt_jax.json_file import DEEPEST, parsed, parsed_text, read_object, write_json
 from rpt_jax.records import InputError
 
 
@@ -61,3 +61,12 @@ def test_a_file_is_an_object_with_the_keys_or_the_message_names_it(tmp_path, con
         read_object(path, "a", "b", remedy="copy it")
     path.write_bytes(b'{"a": 1, "b": null}')
     assert read_object(path, "a", "b") == {"a": 1, "b": None}
+
+
+def test_an_object_comes_back_and_one_that_is_none_leaves_the_old(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, {"a": [1, "\u2028 é"]})
+    for content in ({"a": object()}, {"a": "\ud83d" * 2, "b": {1, 2}}):
+        with pytest.raises(TypeError):
+            write_json(path, content)
+    assert read_object(path) == {"a": [1, "\u2028 é"]} and [each.name for each in path.parent.iterdir()] == ["a.json"]

@@ -6,7 +6,6 @@ the random baseline and the nested easy/medium/hard splits [RPT, arXiv 2506.0800
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from rpt_jax.config import PositionConfig
 from rpt_jax.corpus import segments
 from rpt_jax.corpus.annotated_record import Annotated, pack, unpack
-from rpt_jax.json_file import read_object
+from rpt_jax.json_file import read_object, write_json
 from rpt_jax.records import InputError, words_of
 
 DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; a position is in a split if its entropy is above
@@ -148,10 +147,7 @@ def write_header(folder: Path, header: dict) -> None:
                     "use the same settings to continue it, or another folder"
                 )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("header.json.tmp")
-    temporary.write_text(json.dumps(header, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, header)
 
 
 def write_annotated(folder: Path, part: int, documents: Sequence[Annotated]) -> Path:

@@ -17,7 +17,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import uuid
@@ -37,7 +36,7 @@ from rpt_jax.agreement import in_first_process
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.json_file import read_object
+from rpt_jax.json_file import read_object, write_json, write_whole
 from rpt_jax.learning import checkpoints, tensorboard
 from rpt_jax.learning.run_rows import flat, read_rows
 from rpt_jax.ranges import require_in_range
@@ -258,12 +257,6 @@ def read_results(folder: Path) -> dict:
     return read_object(Path(folder) / "results.json") if jax.process_index() == 0 else {}
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all, with the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
 def require_wandb(config: Config) -> None:
     """Raises InputError if Weights & Biases is asked for and not installed."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
@@ -308,7 +301,7 @@ def _cut(path: Path, step: int | None) -> None:
     """Keeps the rows up to `step` updates; None: none."""
     if path.is_file():
         rows = [] if step is None else [row for row in read_rows(path) if row["step"] <= step]
-        _write_whole(path, _lines(rows))
+        write_whole(path, _lines(rows))
 
 
 def _lines(rows: list[dict]) -> str:
@@ -326,9 +319,3 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
     part.write_bytes(source.read_bytes())
     if part != target:
         part.replace(target)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -33,7 +33,7 @@ from rpt_jax import mesh as meshes
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.experiment_file import called, load_module
-from rpt_jax.json_file import read_object
+from rpt_jax.json_file import read_object, write_json
 from rpt_jax.learning import run_folder, run_rows, train
 from rpt_jax.learning.inputs import Inputs
 from rpt_jax.ranges import require_in_range
@@ -125,7 +125,7 @@ def read_result(folder: Path, kind: Kind, name: str) -> dict | None:
 
 
 def write_result(folder: Path, kind: Kind, name: str, result: dict) -> None:
-    run_folder.write_json(result_file(folder, kind, name), result)
+    write_json(result_file(folder, kind, name), result)
 
 
 def fingerprint(config: Config) -> str:

@@ -28,6 +28,7 @@ from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import assemble, parse_answers
 from rpt_jax.corpus.templates import CHATS, Template, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.json_file import write_json
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy
@@ -296,7 +297,7 @@ def _progress(what: str) -> Callable[[int, int], None]:
 
 def _write(config: ChoicesRun, questions: Sequence[Question], modes: dict[str, Answered], figures: dict) -> None:
     if config.results:
-        run_folder.write_json(Path(config.results), figures)
+        write_json(Path(config.results), figures)
     if config.answers:
         Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
         with open(config.answers, "w") as file:

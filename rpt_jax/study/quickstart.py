@@ -37,7 +37,8 @@ from rpt_jax.corpus import arithmetic
 from rpt_jax.corpus.positions import AnnotatedDocuments, Positions, difficulty_splits, open_annotated, select_positions
 from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.learning import run_folder, run_rows
+from rpt_jax.json_file import write_json
+from rpt_jax.learning import run_rows
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.learning.train import train
@@ -129,7 +130,7 @@ def main(config: QuickstartConfig, console: Console | None = None) -> dict:
     say("[bold]5/5 results[/]")
     about = {"seed": config.seed, "from_scratch": config.from_scratch, "traces": config.base.traces, "flops": spent}
     results = about | {"seconds": clock.total()} | collect_results(evaluations, exam, policy[2])
-    run_folder.write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     write_plots(folder, results, rows)
     show_table(results, say)
     show_thoughts(evaluations, exam, policy[2], say)
