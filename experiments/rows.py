@@ -44,10 +44,13 @@ def change_rows(path: Path, change: Callable[[list[dict]], list[dict]]) -> None:
         rows = change(read_rows(path))
         columns = list(dict.fromkeys(name for row in rows for name in row))
         part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, path)
+        try:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     finally:
         os.close(folder)

@@ -2,15 +2,17 @@
 
     python tests/quickstart_kills.py --processes 1 2 --results experiments/results/faults.csv
 
-The whole run of the demonstration (120 updates, as `rpt train` from a file), with evaluations and a checkpoint every 10
-updates. Kills come after random seconds, SIGKILL for all processes and SIGTERM for one of them in turn; then the same
-command again. A row each number of processes, in the table of fault_campaign.py: `restarts` counts the kills, and
-`same` compares the fingerprints of parameters and optimizer state, what else the last checkpoint holds, and all rows
-of metrics, rollouts and evaluations. About 15 minutes on two cores.
+The whole run of the demonstration (120 updates, as `rpt train` from a file), with evaluations every 30 updates and a
+checkpoint every 10. Kills come after random seconds, also while the run starts: SIGKILL for all processes and SIGTERM
+for one of them in turn, the latter not before an update, since processes that have not met yet cannot agree to stop.
+Then the same command again. A row each number of processes, in the table of fault_campaign.py: `restarts` counts the
+kills, and `same` compares the parameters, the fingerprints of all arrays and the rest of the last checkpoint, and all
+rows of metrics, rollouts and evaluations. About 15 minutes on two cores.
 """
 
 import argparse
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -20,12 +22,16 @@ import time
 from pathlib import Path
 
 import fault_campaign
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import toy_run
 
 from rpt_jax.learning import checkpoints
+from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.study import quickstart
 
+LONGEST = 400  # seconds that a run told to stop may take: a checkpoint, and what agrees on it
 EXPERIMENT = """
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +64,7 @@ def start(experiment: Path, folder: Path, processes: int) -> list[subprocess.Pop
     return [
         subprocess.Popen(
             [*map(str, command), *(["--mesh.process", str(process)] if processes > 1 else [])],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stdout=subprocess.DEVNULL,
             stderr=Path(f"{folder}.said{process}").open("w"),
         )
@@ -89,19 +96,36 @@ def killed(experiment: Path, folder: Path, processes: int, between: float, rando
     """Runs to the end through kills, `between` seconds apart in the mean; returns their number."""
     kills = 0
     while True:
+        rows = lines_of(folder)
         running = start(experiment, folder, processes)
-        if ended(running, randomly.uniform(0.2, 1.8) * between):
+        number, seconds = (signal.SIGKILL, signal.SIGTERM)[kills % 2], randomly.uniform(0, 2 * between)
+        if ended(running, seconds) or (number == signal.SIGTERM and not updated(running, folder, rows)):
             assert not any(process.returncode for process in running), said(folder, processes)
             return kills
-        number = (signal.SIGKILL, signal.SIGTERM)[kills % 2]
         for process in running if number == signal.SIGKILL else [randomly.choice(running)]:
             process.send_signal(number)
         began = time.monotonic()
-        ended(running)
+        if not ended(running, LONGEST):
+            for process in running:
+                process.kill()
+            raise AssertionError(f"not ended {LONGEST} s after {number.name}:\n{said(folder, processes)}")
         codes, kills = {process.returncode for process in running}, kills + 1
         print(number.name, codes, f"{time.monotonic() - began:.1f} s until all had ended", flush=True)
         allowed = {-signal.SIGKILL} if number == signal.SIGKILL else {128 + signal.SIGTERM, -signal.SIGTERM}
         assert codes <= allowed | {0}, (codes, said(folder, processes))
+
+
+def updated(running: list[subprocess.Popen], folder: Path, rows: int) -> bool:
+    """Waits until more rows than before are there; False where the run ends before."""
+    while lines_of(folder) <= rows:
+        if ended(running, 0.05):
+            return False
+    return True
+
+
+def lines_of(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def last_checkpoint(folder: Path) -> dict:
@@ -113,12 +137,14 @@ def last_checkpoint(folder: Path) -> dict:
 
 def row(folder: Path, experiment: Path, processes: int, between: float, seed: int) -> dict:
     """Both runs, and the row of what came out."""
-    began = time.time()
     alone, struck = (folder / f"{name}_{processes}" for name in ("alone", "struck"))
     whole(experiment, alone, processes)
+    began = time.time()
     kills = killed(experiment, struck, processes, between, random.Random(seed))
     last = last_checkpoint(alone)
-    same = last_checkpoint(struck) == last and fault_campaign.rows(struck) == fault_campaign.rows(alone)
+    theirs, ours = (jax.tree.leaves(load_policy(each)[1]) for each in (alone, struck))
+    equal = all(map(np.array_equal, ours, theirs)) and last_checkpoint(struck) == last
+    same = equal and fault_campaign.rows(struck) == fault_campaign.rows(alone)
     return {
         "processes": processes,
         "fault": "SIGKILL and SIGTERM in turn",

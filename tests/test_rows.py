@@ -41,7 +41,7 @@ def test_a_table_stays_whole_where_a_change_fails(tmp_path):
         tables.change_rows(path, lambda rows: [*rows, 1 / 0])
     with pytest.raises(OSError, match="half written"):
         tables.change_rows(path, lambda rows: [*rows, {"seed": 1}, {"seed": Unwritable()}])
-    assert tables.read_rows(path) == [{"seed": "0"}]
+    assert tables.read_rows(path) == [{"seed": "0"}] and [each.name for each in tmp_path.iterdir()] == ["table.csv"]
     tables.change_rows(path, lambda rows: [])
     assert tables.read_rows(path) == []
     tables.append_row(path, {"seed": 2})

@@ -10,7 +10,7 @@ from rpt_jax.records import InputError
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_open_the_thought_and_frame_the_context(name):
     template = load_template(name)
-    assert template.after.endswith("<think>" if name == "bare" else "<think>\n")
+    assert template.thought and template.after.endswith("<think>" if name == "bare" else "<think>\n")
     text = template.before + template.after
     if name == "bare":
         assert text == "<predict><think>"

@@ -187,7 +187,8 @@ def require_same_run(config: Config, identity: dict, start: int, folder: Path | 
     What may differ: FREE, FREE_INSIDE, and `steps` where neither schedule nor order of positions depend on it.
     """
     folder = Path(config.run_folder) if folder is None else folder
-    there = read_object(folder / "config.json", "config", "identity")
+    remedy = "put back the one that the run wrote, or choose another --run-folder"
+    there = read_object(folder / "config.json", "config", "identity", remedy=remedy)
     before = settings_in(folder / "config.json", there)  # settings since added: defaults
     old, new = _bound(to_dict(before)), _bound(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
