@@ -16,7 +16,10 @@ from rpt_jax import disk, ending, help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status, or raises SystemExit with it behind a page or complaint of tyro's."""
+    """Runs one command; returns the exit status.
+
+    Raises SystemExit with it where tyro has answered, or a run was told to stop.
+    """
     argv, status = list(sys.argv[1:] if argv is None else argv), None
     try:
         status = _answer(argv)
@@ -66,7 +69,7 @@ def _execute(argv: list[str]) -> int:
     try:
         figures = run(argv[0], words, as_json)
     except SystemExit:
-        print(end="", flush=True)  # tyro's page, before Python ends
+        print(end="", flush=True)  # what tyro has printed, before Python ends
         raise
     except InputError as error:
         print(f"rpt: {error}", file=sys.stderr)
@@ -295,7 +298,10 @@ def show(figures: dict, as_json: bool) -> None:
     table = Table("", *(name.replace("_", " ") for name in shown), box=None)
     for split, row in figures.items():
         table.add_row(split, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in map(row.get, shown)))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.capture() as made:  # for print: rich itself ends a process, with status 1, where nobody reads
+        console.print(table)
+    print(made.get(), end="")
 
 
 def _log_to_stderr() -> None:

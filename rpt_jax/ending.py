@@ -26,7 +26,7 @@ def at_once(message: str, status: int) -> None:
 
 
 def nobody_reads(error: OSError) -> bool:
-    """Whether the error is that of a pipe on stdout whose reader is gone; other pipes and sockets break, too."""
+    """Whether the error is that of a broken pipe, and stdout is a pipe whose reader is gone; others break, too."""
     if not isinstance(error, BrokenPipeError):
         return False
     poll = select.poll()

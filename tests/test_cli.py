@@ -89,15 +89,24 @@ def test_bad_input_through_the_real_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+TABLE = (
+    "-c",
+    "import sys; from rpt_jax import cli, commands\n"
+    "commands.run_evaluate = lambda config: {'hard': {'argmax': 0.5}}\n"
+    "sys.exit(cli.main(['evaluate', 'policy']))",
+)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("words", ["--help", "train --help-all"])
+@pytest.mark.parametrize(
+    "words", [("-m", "rpt_jax.cli", "--help"), ("-m", "rpt_jax.cli", "train", "--help-all"), TABLE]
+)
 def test_a_reader_that_goes_away_is_no_error(words, unbuffered):
     """As in `rpt --help | head -3`: status 141 and no traceback, whether printing fails or the flush behind it."""
     reader, writer = os.pipe()
     os.close(reader)
     environ = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    command = [sys.executable, "-m", "rpt_jax.cli", *words.split()]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environ)
+    done = subprocess.run([sys.executable, *words], stdout=writer, stderr=subprocess.PIPE, text=True, env=environ)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -157,7 +157,7 @@ def test_wishes():
     with pytest.raises(InputError, match="generation setting num_beams=4 is not known"):
         wish_of({"num_beams": 4}, config)
     for wrong in ({"temperature": "warm"}, {"top_k": [3]}, {"max_tokens": float("inf")}, {"until": 3}):
-        with pytest.raises(InputError, match="no number .*: mend the task's YAML"):
+        with pytest.raises(InputError, match="of a wrong kind .*: mend the task's YAML"):
             wish_of(wrong, config)
 
 

@@ -42,8 +42,10 @@ class KernelBench:
 def bench_kernel(config: KernelBench) -> dict:
     """{target, implementation, shape, forward, backward, baselines, ...}: seconds here, or cycles on the target.
 
-    `share_of_peak` counts useful matmuls alone: one forward and two backward, and in the simulated backward, which
-    computes logits again, three. Raises InputError for sizes or a target that cannot be measured.
+    `share_of_peak` counts useful matmuls alone where it is measured: one forward and two backward. Simulated rows count
+    all that their program makes; the backward kernel, which computes logits again, three.
+
+    Raises InputError for sizes or a target that cannot be measured.
     """
     return _simulated(config) if config.target else _measured(config)
 

@@ -148,8 +148,8 @@ def _state(prefilled, keys_UY, moves, width, cache, hidden, column) -> DecodeSta
         return jnp.repeat(a_LRKTC, copies_of_heads(a_LRKTC.shape[2]), axis=2)
 
     lengths_US = jnp.repeat(moves.lengths_UR, width, axis=1)
-    positions_BT = positions_from_lengths(moves.lengths_UR.reshape(-1), T)
-    prompt = KeyValues(of_rows(prefilled.k_LUTKC), of_rows(prefilled.v_LUTKC), positions_BT)
+    positions = positions_from_lengths(moves.lengths_UR.reshape(-1), T)  # [U * R, T]
+    prompt = KeyValues(of_rows(prefilled.k_LUTKC), of_rows(prefilled.v_LUTKC), positions)
     return DecodeState(
         prompt=_over_mesh(prompt),
         prompt_lengths_B=lengths_US.reshape(-1),

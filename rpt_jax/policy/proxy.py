@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.agreement import in_first_process
+from rpt_jax.agreement import in_first_process, require_agreement, together
 from rpt_jax.config import ModelConfig, PositionConfig
 from rpt_jax.corpus.documents import Documents
 from rpt_jax.corpus.positions import (
@@ -109,8 +109,10 @@ def annotate(
     size = {"documents": total, "part_documents": part_documents}
     header = make_header(tokenizer, config, proxy) | made_by | size
     in_first_process(lambda: write_header(folder, header))
-    written = written_parts(folder)
-    _check_written(folder, written, documents, part_documents)
+    with together():
+        written = written_parts(folder)
+        _check_written(folder, written, documents, part_documents)
+    require_agreement({"set of annotated parts": repr(written)})
     report = progress or (lambda done, total: None)
     settings = model, config.top_candidates, config.renormalise, tuple(banned_ids), token_chunk
 

@@ -170,7 +170,7 @@ def windows(tokens: Sequence[int], before: Sequence[int], length: int) -> list[t
 
 
 def wish_of(settings: dict, config: HarnessRun) -> Wish:
-    """The generation settings of a request; raises InputError for one that is not known or no number.
+    """The generation settings of a request; raises InputError for one that is not known or of a wrong kind.
 
     Greedy unless a temperature above 0 is given and do_sample is not false; do_sample alone samples at 1.
     """
@@ -194,7 +194,7 @@ def wish_of(settings: dict, config: HarnessRun) -> Wish:
             min_p=float(given.get("min_p", 0.0)),
         )
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"generation settings {given}: no number ({error}): mend the task's YAML") from error
+        raise InputError(f"generation settings {given} of a wrong kind ({error}): mend the task's YAML") from error
 
 
 def generate(asked: Asked, requests: Sequence[tuple[str, dict]]) -> list[str]:
