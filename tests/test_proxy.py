@@ -4,6 +4,7 @@ interruptions and devices change none; long documents keep half a window of cont
 import dataclasses
 import functools
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from rpt_jax.config import CorpusConfig, MeshConfig, ModelConfig, PositionConfig
 from rpt_jax.corpus.documents import open_corpus
 from rpt_jax.corpus.positions import open_annotated, written_parts
-from rpt_jax.mesh import make_mesh, place, replicated
+from rpt_jax.mesh import make_mesh, param_shardings, place, replicated
 from rpt_jax.policy import decoder, proxy
 from rpt_jax.records import InputError
 
@@ -157,10 +158,13 @@ def test_batches_change_nothing(tmp_path, reference, options):
     assert_same(annotate(tmp_path, **options), reference, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mesh_changes_nothing(tmp_path, reference):
-    """Eight devices, rows over data and fsdp, against one."""
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    got = annotate(tmp_path, params=place(policy(), replicated(mesh)), mesh=mesh)
+@pytest.mark.parametrize("shape", [(4, 2, 1), (1, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_mesh_changes_nothing(tmp_path, reference, shape, spread):
+    """Rows over data and fsdp, parameters whole or spread as those of a policy that is read, against one device."""
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+    shardings = param_shardings(mesh, decoder.logical_axes(MODEL), policy()) if spread else replicated(mesh)
+    got = annotate(tmp_path, params=place(policy(), shardings), mesh=mesh)
     assert_same(got, reference, rtol=1e-4, atol=1e-5)
 
 

@@ -12,6 +12,7 @@ Resuming. Parts of the artefact appear whole or not at all, and those that are t
 what a part depends on, so a folder begun with another proxy, corpus size or setting is refused.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from rpt_jax.corpus.positions import (
     written_parts,
 )
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.mesh import batch_sharding, place, to_host
+from rpt_jax.mesh import batch_sharding, laid_out, place, to_host
 from rpt_jax.policy import decoder
 from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.policy.stream import padded_length
@@ -117,7 +118,8 @@ def annotate(
     settings = model, config.top_candidates, config.renormalise, tuple(banned_ids), token_chunk
 
     def run(*batch):
-        return to_host(predict(params, *settings, *(place(batch, batch_sharding(mesh)) if mesh else batch)))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return to_host(predict(params, *settings, *(place(batch, batch_sharding(mesh)) if mesh else batch)))
 
     for part, start in enumerate(range(0, total, part_documents)):
         stop = min(start + part_documents, total)
@@ -216,7 +218,9 @@ def predict(
 
 def candidates(logits_BTV: Array, top: int, renormalise: bool) -> tuple[Array, Array]:
     """(entropies_BT, argmaxes_BT): -sum p log p over the `top` most probable tokens; of equal ones the lowest id."""
-    # The barrier is for speed alone: with the slice below right behind top_k, XLA on CPU sorts whole rows instead.
+    # Rows whole: where their vocabulary is spread over devices, XLA ends the process at the barrier. That is for speed
+    # alone: with the slice below right behind top_k, XLA on CPU sorts whole rows instead.
+    logits_BTV = laid_out(logits_BTV, "batch")
     best_BTZ, tokens_BTZ = jax.lax.optimization_barrier(jax.lax.top_k(logits_BTV, min(top, logits_BTV.shape[-1])))
     among = best_BTZ if renormalise else logits_BTV
     logp_BTZ = best_BTZ - jax.nn.logsumexp(among, axis=-1, keepdims=True)
