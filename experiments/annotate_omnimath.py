@@ -5,10 +5,10 @@
 What is tried is the machine and not the filter: the proxy is a decoder of one layer and width 32 after 40 steps on the
 same documents, so its entropies are those of a model that knows little more than how frequent tokens are. The bytes of
 every document are compared with what its annotated tokens spell. Goes on, part by part, where an earlier call stopped.
-Figures: experiments/results/annotate_omnimath.csv (its seconds are those of the last call).
+Hardware: one CPU core. Time: 13 minutes. Writes the row of its seed to results/annotate_omnimath.csv (its seconds are
+those of the last call). Measured result: 2,821 documents, every byte the same; see LOG.md.
 """
 
-import csv
 import json
 import os
 import time
@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from rows import replace_rows
 
 from rpt_jax.config import CorpusConfig, ModelConfig, PositionConfig, PretrainConfig
 from rpt_jax.corpus.documents import read_documents
@@ -99,25 +100,20 @@ def main(settings: Settings) -> None:
     )
     row["seconds"], row["cpu_seconds"] = round(time.perf_counter() - start, 1), round(time.process_time() - cpu, 1)
     annotated = open_annotated(folder / "annotated", tokenizer)
-    row |= {"documents": len(annotated), "bytes": count_bytes(annotated, documents, tokenizer)}
-    tokens = [(record.tokens_T, record.argmaxes_T) for record in annotated]
-    row["tokens"] = sum(len(tokens_T) for tokens_T, _ in tokens)
-    right = sum(int(np.sum(tokens_T[1:] == argmaxes_T[1:])) for tokens_T, argmaxes_T in tokens)
-    row["argmax_right"] = round(right / (row["tokens"] - len(annotated)), 4)
-    row |= {f"positions_{name}": len(split) for name, split in difficulty_splits(annotated).items()}
-    row["exact_bytes"] = True  # count_bytes would have raised
+    row |= figures(annotated, documents, tokenizer)
     print(json.dumps(row))
-    write_row(Path(settings.results), row)
+    replace_rows(Path(settings.results), [row], keys=("seed",))
 
 
-def write_row(path: Path, row: dict) -> None:
-    """One row for each seed."""
-    there = list(csv.DictReader(path.open())) if path.is_file() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, row.keys())
-        writer.writeheader()
-        writer.writerows([old for old in there if old["seed"] != str(row["seed"])] + [row])
+def figures(annotated, documents, tokenizer: Tokenizer) -> dict:
+    """Sizes, arg-max accuracy and positions of the splits; raises ValueError where bytes differ, as count_bytes."""
+    found = {"documents": len(annotated), "bytes": count_bytes(annotated, documents, tokenizer)}
+    tokens = [(record.tokens_T, record.argmaxes_T) for record in annotated]
+    found["tokens"] = sum(len(tokens_T) for tokens_T, _ in tokens)
+    right = sum(int(np.sum(tokens_T[1:] == argmaxes_T[1:])) for tokens_T, argmaxes_T in tokens)
+    found["argmax_right"] = round(right / (found["tokens"] - len(annotated)), 4)
+    found |= {f"positions_{name}": len(split) for name, split in difficulty_splits(annotated).items()}
+    return found | {"exact_bytes": True}  # count_bytes would have raised
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from rpt_jax import compilation
 from rpt_jax.config import CheckpointConfig, Config, PositionConfig, RewardConfig
 from rpt_jax.config_dict import to_dict
 from rpt_jax.corpus.positions import AnnotatedDocuments, Positions, all_positions, open_annotated, select_positions
-from rpt_jax.learning import run_folder
+from rpt_jax.learning import run_folder, run_rows
 from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.learning.train import train
 from rpt_jax.records import InputError
@@ -196,7 +196,7 @@ def open_shared(config: QuickstartConfig, folder: Path) -> Shared:
 
 def spent(folder: Path) -> float:
     """FLOPs of a finished run."""
-    return run_folder.read_rows(folder / "metrics.jsonl")[-1]["flops_spent"]
+    return run_rows.read_rows(folder / "metrics.jsonl")[-1]["flops_spent"]
 
 
 def train_method(

@@ -9,11 +9,10 @@ seconds of all threads. Rows go to results/cost.csv; rows that exist are skipped
 results/cost.png. The model has float32 weights, D 256, and few layers, so that it is quick.
 
 Sizes lie on rungs of the ladder to which a stream is rounded (16, 24, 32, 48, 64, ...), but for one: 20 rollouts, which
-cost as many tokens as 24.
-Where others use the machine too, --clock cpu_s draws CPU seconds. Measured result: see LOG.md.
+cost as many tokens as 24. Where others use the machine too, --clock cpu_s draws CPU seconds. Measured result: see
+LOG.md.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Literal
 
 import jax
 import tyro
-from rows import append_row, read_rows
+from rows import append_row, change_rows, read_rows
 
 from rpt_jax.bench.step import StepBench, bench_step
 from rpt_jax.bench.workload import Workload
@@ -91,12 +90,8 @@ def _key(row: dict) -> tuple[str, ...]:
 
 def measure_all(settings: Settings) -> None:
     """A row for each point that has none."""
-    rows = read_rows(RESULTS)
-    if settings.again and rows:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(row for row in rows if row["series"] not in settings.series)
+    if settings.again:
+        change_rows(RESULTS, lambda rows: [row for row in rows if row["series"] not in settings.series])
     there = {_key(row) for row in read_rows(RESULTS)}
     for series in settings.series:
         for at, bench in points(series):

@@ -40,6 +40,8 @@ def flat(figures: dict, prefix: str = "") -> dict:
 
 
 def main(names: list[str]) -> None:
+    if wrong := [name for name in names if name not in SETTINGS]:
+        raise SystemExit(f"no settings for {', '.join(wrong)}: use {', '.join(SETTINGS)}")
     for name in names:
         for setting in SETTINGS[name]:
             sizes = (name, *(str(size) for size in (setting.tokens, setting.width, setting.vocabulary)))

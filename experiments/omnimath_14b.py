@@ -26,6 +26,7 @@ from rpt_jax.config import (
 
 
 def config() -> Config:
+    """A table, a value a line with its reason, and so longer than 40 lines."""
     return Config(
         name="omnimath_14b",
         steps=1000,

@@ -3,7 +3,7 @@ r"""RPT on real text that a laptop can hold: Omni-MATH and GSM8K, a decoder of 1
     python experiments/omnimath_small.py --data ../shared/data
 
 A stage that has left its folder behind in --folder is not run again; delete the folder to run it anew.
-Longer than 350 lines because the whole experiment is in it.
+omnimath_examples.py makes what the start and the controls learn from.
 
 base      SentencePiece and a decoder from scratch on plain text, no problem of the tuning or held-out parts among it.
 annotate  entropy of positions under the base: the filter and the easy/medium/hard splits.
@@ -32,9 +32,7 @@ RPT over the start, sampled: +2.7 / +2.7 / +2.3 points, standard error 0.5, and 
 greedy reasoning and arg-max fall a little, and next-token training is best at both (experiments/LOG.md).
 """
 
-import csv
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -46,6 +44,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from omnimath_examples import MARKS, Policy, boxed_examples, make_traces, marks, next_token_examples
+from rows import replace_rows
 
 from rpt_jax.config import (
     Config,
@@ -59,26 +59,20 @@ from rpt_jax.config import (
     UpdateConfig,
 )
 from rpt_jax.corpus.documents import Documents, read_documents
-from rpt_jax.corpus.positions import difficulty_splits, open_annotated, position_stream, select_positions
-from rpt_jax.corpus.prompts import parse_answer
+from rpt_jax.corpus.positions import difficulty_splits, open_annotated, select_positions
 from rpt_jax.corpus.templates import load_template
-from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
+from rpt_jax.corpus.tokenizer import train_sentencepiece
 from rpt_jax.learning.policy_folder import load_policy, save_policy
-from rpt_jax.learning.pretrain import Example, plain, pretrain, row_batches, running_batches, supervised
-from rpt_jax.learning.run_folder import read_rows
+from rpt_jax.learning.pretrain import Example, plain, pretrain, row_batches, running_batches
+from rpt_jax.learning.run_rows import read_rows
 from rpt_jax.learning.train import train
 from rpt_jax.policy import decoder, flops
-from rpt_jax.policy.proxy import TokenSource, annotate, text_logits
-from rpt_jax.records import Params
+from rpt_jax.policy.proxy import TokenSource, annotate
+from rpt_jax.study import quickstart
 from rpt_jax.study.evaluate import Evaluation, evaluate
 
-# Pieces of their own, no text; <seen> and <then> belong to an earlier kind of thought (LOG.md) and are free.
-MARKS = ("<predict>", "<think>", "</think>", "<seen>", "<then>", "<or>")
 FOLDER = "runs/omnimath_small"
-QUOTED = 2  # tokens of the context that a thought repeats before a candidate
-CONTEXT_WEIGHT = 0.2  # of a token before the thought in the cold start
 OUTCOMES = ("argmax", "reasoning", "greedy")
-Policy = tuple[ModelConfig, Params, Tokenizer]
 
 
 def config() -> Config:
@@ -186,74 +180,6 @@ def annotate_parts(settings: Settings, corpus: Corpus, base: Policy) -> dict:
     return opened
 
 
-def marks(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that are no text."""
-    return tuple(tokenizer.id_of(mark) for mark in MARKS)
-
-
-def make_response(
-    tokenizer: Tokenizer,
-    context_T: np.ndarray,
-    logprobs_V: np.ndarray,
-    truth: int,
-    careful: float,
-    rng: np.random.Generator,
-) -> list[int] | None:
-    """A thought with one to three draws of the base, then a choice among them; None if no box can hold it."""
-    count = rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])
-    options = np.argsort(-(logprobs_V + rng.gumbel(size=len(logprobs_V))))[:count].tolist()
-    thought = []
-    for token in options:
-        thought += [tokenizer.id_of("<or>"), *context_T[-QUOTED:].tolist(), token]
-    is_careful = rng.random() < careful and truth in options
-    choice = truth if is_careful else int(rng.choice(options))
-    box = [*tokenizer.encode("\\boxed{"), choice, *tokenizer.encode("}")]
-    response = [*thought[1:], tokenizer.id_of("</think>"), *box]
-    if parse_answer(tokenizer.bytes_of(response)) != tokenizer.token_bytes[choice]:
-        return None
-    return [*response, tokenizer.end_of_text]
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def next_logprobs(params, model, banned_ids, tokens_BT, lengths_B):
-    hidden_BTD, _ = decoder.forward(
-        params, model, tokens_BT, decoder.positions_from_lengths(lengths_B, tokens_BT.shape[1])
-    )
-    last_BD = hidden_BTD[jax.numpy.arange(len(lengths_B)), lengths_B - 1]
-    return jax.nn.log_softmax(text_logits(params, model, last_BD, banned_ids))
-
-
-def make_traces(settings: Settings, base: Policy, annotated) -> list[Example]:
-    """Prompts with their thoughts; an example of the text before the position too, so every token counts."""
-    model, params, tokenizer = base
-    rng = np.random.default_rng(settings.seed + 1)
-    positions = select_positions(annotated, settings.rpt.positions, settings.seed)
-    documents = {document.document: document.tokens_T for document in annotated}
-    rows = rng.choice(len(positions), min(settings.traces, len(positions)), replace=False)
-    head, tail = frame(tokenizer, settings)
-    room = settings.rpt.prompt.max_tokens - len(head) - len(tail)
-    traces = []
-    for start in range(0, len(rows) - 127, 128):
-        chosen = [positions[row] for row in rows[start : start + 128]]
-        contexts = [documents[p.document][max(0, p.index - room) : p.index] for p in chosen]
-        lengths_B = np.array([len(context) for context in contexts], np.int32)
-        tokens_BT = np.stack([np.pad(context, (0, room - len(context))) for context in contexts])
-        logprobs_BV = np.asarray(next_logprobs(params, model, marks(tokenizer), tokens_BT, lengths_B))
-        for position, context, logprobs_V in zip(chosen, contexts, logprobs_BV, strict=True):
-            truth = int(documents[position.document][position.index])
-            response = make_response(tokenizer, context, logprobs_V, truth, settings.careful, rng)
-            if response is not None:
-                before = len(head) + len(context) + len(tail)
-                weights_T = np.repeat(np.float32([CONTEXT_WEIGHT, 1]), [before, len(response)])
-                traces.append((np.array([*head, *context, *tail, *response], np.int32), weights_T))
-    return traces
-
-
-def frame(tokenizer: Tokenizer, settings: Settings) -> tuple[list[int], list[int]]:
-    template = load_template(settings.rpt.prompt.template)
-    return tokenizer.encode_markup(template.before), tokenizer.encode_markup(template.after)
-
-
 def reinforce(settings: Settings, start: Policy, annotated) -> Policy:
     """RPT; goes on from its newest checkpoint."""
     run, (model, _, tokenizer) = rpt_config(settings), start
@@ -267,15 +193,9 @@ def rpt_config(settings: Settings) -> Config:
     return dataclasses.replace(settings.rpt, seed=settings.seed, run_folder=f"{settings.folder}/rpt")
 
 
-def rpt_flops(settings: Settings, model: ModelConfig) -> float:
+def rpt_flops(settings: Settings) -> float:
     """Of sampling and of updates."""
-    total = 0.0
-    for row in read_rows(Path(settings.folder) / "rpt" / "metrics.jsonl"):
-        N, G = row["sampled_prompts"], settings.rpt.sample.group_size
-        total += flops.sampling(model, N, row["sampled_prompt_tokens"], N * G, row["sampled_tokens"])
-        N = settings.rpt.batch_size
-        total += flops.update(model, N, row["prompt_tokens"], N * G, row["response_tokens"])
-    return total
+    return quickstart.rpt_flops(read_rows(Path(settings.folder) / "rpt" / "metrics.jsonl"))
 
 
 def control_config(settings: Settings, model: ModelConfig, examples: list[Example], rate: float) -> PretrainConfig:
@@ -285,35 +205,8 @@ def control_config(settings: Settings, model: ModelConfig, examples: list[Exampl
     tokens = sum(len(tokens_T) for tokens_T, _ in examples) / sum(pieces)  # of a row
     predicted = sum(weights_T.sum() for _, weights_T in examples) / sum(pieces)
     step = 3 * size * flops.forward(model, tokens, tokens / 2, predicted)
-    return dataclasses.replace(
-        settings.start, learning_rate=rate, warmup_steps=10, steps=round(rpt_flops(settings, model) / step)
-    )
-
-
-def next_token_examples(settings: Settings, corpus: Corpus, tokenizer: Tokenizer, traces: list[Example]):
-    """Rows of Omni-MATH and as many traces."""
-    texts = [np.array([*tokenizer.encode(text), tokenizer.end_of_text]) for text in corpus.training_texts]
-    length = settings.start.sequence_length
-    rows = [plain(text[i : i + length]) for text in texts for i in range(0, len(text) - 1, length)]
-    chosen = np.random.default_rng(settings.seed).permutation(len(rows))[: len(traces)]
-    return [rows[i] for i in chosen] + traces
-
-
-def boxed_examples(settings: Settings, tokenizer: Tokenizer, annotated) -> list[Example]:
-    """The positions of the RPT run with the truth in the box and no thought; only the response counts."""
-    run = rpt_config(settings)
-    stream = position_stream(select_positions(annotated, run.positions, run.seed), seed=run.seed)
-    documents = {document.document: document.tokens_T for document in annotated}
-    head, tail = frame(tokenizer, settings)
-    room = run.prompt.max_tokens - len(head) - len(tail)
-    examples = []
-    for position in itertools.islice(stream, run.steps * run.batch_size):
-        tokens_T = documents[position.document]
-        context = tokens_T[max(0, position.index - room) : position.index]
-        box = [*tokenizer.encode("</think>\\boxed{"), int(tokens_T[position.index]), *tokenizer.encode("}")]
-        if parse_answer(tokenizer.bytes_of(box)) == tokenizer.token_bytes[tokens_T[position.index]]:
-            examples.append(supervised([*head, *context, *tail], [*box, tokenizer.end_of_text]))
-    return examples
+    steps = round(rpt_flops(settings) / step)
+    return dataclasses.replace(settings.start, learning_rate=rate, warmup_steps=10, steps=steps)
 
 
 def best_control(settings: Settings, kind: str, rates, make_examples, start: Policy, tuning) -> tuple[str, Policy]:
@@ -324,7 +217,7 @@ def best_control(settings: Settings, kind: str, rates, make_examples, start: Pol
     def make(rate, report):
         examples = make_examples()
         chosen = control_config(settings, model, examples, rate)
-        print(f"{kind} at {rate:g}: {chosen.steps} steps for {rpt_flops(settings, model):.4g} FLOPs", flush=True)
+        print(f"{kind} at {rate:g}: {chosen.steps} steps for {rpt_flops(settings):.4g} FLOPs", flush=True)
         batches = row_batches(examples, chosen.batch_size, chosen.sequence_length, settings.seed)
         return model, pretrain(params, model, chosen, batches, report), tokenizer
 
@@ -385,7 +278,7 @@ def add_rows(settings: Settings, policy: str, evaluation: Evaluation, before: Ev
             f"{name} {row[name]:.3f} ({row[name + '_gain']:+.3f}±{row[name + '_gain_error']:.3f})" for name in OUTCOMES
         )
         print(f"{policy:>16} {row['split']:>6}  {shown}  format {row['format_rate']:.3f}", flush=True)
-    write_rows(settings.results, rows)
+    replace_rows(Path(settings.results), rows, keys=("seed", "policy"))
 
 
 def outcomes(evaluation: Evaluation) -> dict[str, np.ndarray]:
@@ -415,25 +308,14 @@ def print_row(row: dict) -> None:
         print(f"rpt step {row['step']}  " + "  ".join(f"{name} {row[name]:.4g}" for name in names), flush=True)
 
 
-def write_rows(results: str, rows: list[dict]) -> None:
-    """Adds rows, in place of older ones of the same seed and policy."""
-    path, same = Path(results), (str(rows[0]["seed"]), rows[0]["policy"])
-    there = list(csv.DictReader(path.open())) if path.is_file() else []
-    rows = [row for row in there if (row["seed"], row["policy"]) != same] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(settings: Settings) -> None:
     """Every stage that is not there yet, then the figures; a policy's rows are written as soon as it is evaluated."""
     corpus = Corpus(settings)
     base = policy_stage(settings, "base", partial(train_base, settings, corpus))
     annotated = annotate_parts(settings, corpus, base)
     tokenizer, training = base[2], annotated["train"]
-    traces = cache(lambda: make_traces(settings, base, training))
+    run, length = rpt_config(settings), settings.start.sequence_length
+    traces = cache(lambda: make_traces(run, base, training, settings.traces, settings.careful))
     start = policy_stage(settings, "start", lambda report: train_start(settings, base, traces(), report))
     held_out = partial(measure, settings, annotated=annotated["holdout"], count=settings.rpt.evaluate.positions)
     before = held_out(start)
@@ -441,8 +323,12 @@ def main(settings: Settings) -> None:
     after = policy_stage(settings, "after_rpt", lambda report: reinforce(settings, start, training))
     add_rows(settings, "after_rpt", held_out(after), before)
     controls = (
-        ("sft", settings.sft_rates, lambda: boxed_examples(settings, tokenizer, training)),
-        ("next_token", settings.next_token_rates, lambda: next_token_examples(settings, corpus, tokenizer, traces())),
+        ("sft", settings.sft_rates, lambda: boxed_examples(run, tokenizer, training)),
+        (
+            "next_token",
+            settings.next_token_rates,
+            lambda: next_token_examples(corpus.training_texts, tokenizer, traces(), length, settings.seed),
+        ),
     )
     for kind, rates, make_examples in controls:
         name, policy = best_control(settings, kind, rates, make_examples, start, annotated["tuning"])

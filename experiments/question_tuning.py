@@ -21,7 +21,6 @@ RPT 96.6 / 86.6 / 93.6 -> 98.2 / 93.2 / 95.2. LOG.md has the intervals.
 """
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from rpt_jax.corpus import arithmetic
 from rpt_jax.corpus.positions import select_positions
 from rpt_jax.corpus.questions import Question, Questions, make_questions
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.learning import run_rows
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.learning.train import train
@@ -94,7 +94,7 @@ def tune(settings: Settings, seed: int, policy: quickstart.POLICY, folder: Path)
     figures = {"before": examine(config, policy, asked)}
     state = train(config, policy, annotated=asked, positions=asked.train, template=quickstart.BARE)
     figures["after"] = examine(config, (model, jax.device_get(state.params), tokenizer), asked)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = run_rows.read_rows(folder / "metrics.jsonl")
     flat = {"questions": len(asked.train), "exam": len(asked.held_out), "temperature": settings.temperature}
     for when, found in figures.items():
         flat |= {f"{when}.accuracy": round(found["reasoning"], 4)}
@@ -195,7 +195,7 @@ def flops_of_rpt(settings: Settings, seed: int, folder: Path) -> float:
         raise InputError(
             f"{rows.parent} has no metrics.jsonl to say what RPT spent: name a run folder, or --next-token"
         )
-    return quickstart.rpt_flops([json.loads(line) for line in rows.read_text().splitlines()])
+    return quickstart.rpt_flops(run_rows.read_rows(rows))
 
 
 def print_line(text: str, **_) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 from rows import append_row
 
-from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig
+from rpt_jax.config import CheckpointConfig, Config, DynamicSamplingConfig, EvaluateConfig, ModelConfig
 from rpt_jax.corpus.positions import select_positions
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.policy_folder import load_policy
@@ -64,15 +64,6 @@ def soak(folder: Path, minutes: float) -> list[Reading]:
     examined = quickstart.annotate_texts(policy, exam, folder / "evaluation")
     positions = select_positions(annotated, quickstart.position_config(settings), settings.seed)
     hard = {"hard": quickstart.evaluation_splits(examined, exam, policy[2], settings.base)["hard"]}
-    config = quickstart.rpt_config(settings, policy[0], folder / "run")
-    config = dataclasses.replace(
-        config,
-        steps=10**6,
-        update=dataclasses.replace(config.update, learning_rate=0.0),
-        dynamic_sampling=DynamicSamplingConfig(from_step=0, max_rounds=2),
-        checkpoint=CheckpointConfig(every=50, keep=2),
-        evaluate=EvaluateConfig(every=100),
-    )
     began, readings = time.monotonic(), []
 
     def note(row: dict) -> None:
@@ -89,7 +80,7 @@ def soak(folder: Path, minutes: float) -> list[Reading]:
 
     try:
         train(
-            config,
+            run_config(settings, policy[0], folder / "run"),
             policy,
             annotated=annotated,
             positions=positions,
@@ -100,6 +91,19 @@ def soak(folder: Path, minutes: float) -> list[Reading]:
     except Enough:
         return readings
     raise AssertionError("a million steps were over before the time was")
+
+
+def run_config(settings: quickstart.QuickstartConfig, model: ModelConfig, folder: Path) -> Config:
+    """The quickstart's run at a learning rate of 0, with more steps than the time allows."""
+    config = quickstart.rpt_config(settings, model, folder)
+    return dataclasses.replace(
+        config,
+        steps=10**6,
+        update=dataclasses.replace(config.update, learning_rate=0.0),
+        dynamic_sampling=DynamicSamplingConfig(from_step=0, max_rounds=2),
+        checkpoint=CheckpointConfig(every=50, keep=2),
+        evaluate=EvaluateConfig(every=100),
+    )
 
 
 def row_of(readings: list[Reading], minutes: float) -> dict:

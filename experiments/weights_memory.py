@@ -6,7 +6,8 @@ A random Llama of about 1 GiB is written as files of 256 MiB into a temporary fo
 read in a fresh process that has one CPU device or eight. CPU devices keep their arrays in host memory, so the target is
 the parameters once. Memory is RssAnon, sampled from outside every millisecond: pages of the files that are mapped while
 they are read are no copies, and the kernel takes them back at will (they are in the column `file`). What XLA compiles
-meanwhile counts.
+meanwhile counts. Measured result, on one device / on eight, in largest tensors: .34 / .23 in bfloat16, .22 / .11 in
+float32; at most 1.2 was aimed at.
 """
 
 import dataclasses
@@ -36,13 +37,9 @@ MODELS = {
 }
 
 
-def shapes(model: ModelConfig):
-    return jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
-
-
 def write(folder: Path, model: ModelConfig) -> None:
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype), shapes(model))
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype), decoder.shapes(model))
     save_weights(folder, model, params, file_bytes=256 * MIB)
 
 
@@ -51,7 +48,7 @@ def read(folder: str, dtype: str) -> None:
     model, sharding = MODELS[dtype], None
     if jax.device_count() > 1:
         mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-        sharding = param_shardings(mesh, decoder.logical_axes(model), shapes(model))
+        sharding = param_shardings(mesh, decoder.logical_axes(model), decoder.shapes(model))
     jax.block_until_ready(jax.numpy.zeros(1))
     print("begin", flush=True)
     sys.stdin.readline()
@@ -66,7 +63,7 @@ def measure(folder: Path, dtype: str, devices: int) -> dict:
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": ""}
     command = [sys.executable, __file__, "read", str(folder), dtype]
-    leaves = jax.tree.leaves(shapes(MODELS[dtype]))
+    leaves = jax.tree.leaves(decoder.shapes(MODELS[dtype]))
     target = sum(x.size * x.dtype.itemsize for x in leaves) / MIB
     largest = max(x.size * x.dtype.itemsize // (x.shape[0] if x.ndim > 2 else 1) for x in leaves) / MIB
     row = {"stored": dtype, "devices": devices, "parameters": target, "largest_tensor": largest}

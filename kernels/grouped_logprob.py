@@ -117,6 +117,7 @@ def grouped_logprob(
     Raises ValueError for shapes that clash and for an implementation that cannot run, NotImplementedError for a
     second derivative ("reference" has one).
     """
+    # Over 40 lines for its arguments and what they mean; the work is done by what it calls.
     implementation = resolve(implementation, interpret)
     _check(hidden, head, targets, mask, tied, softcap, chunk)
     D, V = hidden.shape[-1], head.shape[0 if tied else 1]

@@ -43,6 +43,7 @@ def choose_blocks(chip, D: int, T: int, itemsize: int, one_pass: bool | None = N
 
     Raises ValueError for a D whose smallest blocks do not fit.
     """
+    # Over 40 lines for the reasons and arguments above; the rule itself is read from top to bottom.
     vmem = int(chip.vmem_capacity_bytes * FILLED)
     passes = 6 if itemsize == 4 else 1
     intensity = chip.bf16_ops_per_second / passes / chip.mem_bw_bytes_per_second  # flops a byte: both take as long

@@ -76,7 +76,8 @@ def forward(plan: Plan, hidden_TD, head, targets_T, live, columns, scale):
 def _forward_kernel(plan, scale_ref, columns_ref, hidden_ref, head_ref, targets_ref, out_ref, *scratch):
     """Running maximum, sum of 2^y, sum of 2^y y and target logit, one of each per row and lane.
 
-    So a step needs no reduction across lanes. A part's logits are taken in while the matrix units make the next.
+    So a step needs no reduction across lanes. A part's logits are taken in while the matrix units make the next. Over
+    40 lines, since the first, the middle and the last step are one computation on the same references.
     """
     max_ref, sum_ref, moment_ref, hit_ref, *parts = scratch
     step, last, v = pl.program_id(1), pl.num_programs(1) - 1, plan.blocks.forward[1]
@@ -132,8 +133,9 @@ def _forward_kernel(plan, scale_ref, columns_ref, hidden_ref, head_ref, targets_
 
 
 def backward(plan: Plan, hidden_TD, head, targets_T, live, columns, scale, *rows):
-    """(dh_TD float32, dW in the head's dtype): p (constant - g_H log p) + g_logp onehot = d z, within these columns.
+    """(dh_TD, dW in the head's dtype): p (constant - g_H log p) + g_logp onehot = d z, within these columns.
 
+    dh_TD is float32 from the one-pass kernel, and in the hidden states' dtype from the kernel of dh alone.
     rows: top_T, log_sum_T, constant_T, g_logprob_T, g_entropy_T. log p is z - top - log_sum, of the whole vocabulary
     even if these columns are a part of it. Behind the first `live` tokens gradients must be 0, and dh_TD is anything.
     """
@@ -184,7 +186,8 @@ def _one_pass_kernel(plan, tiles, *refs):
     """One tile of d logits feeds dW, which stays for all tokens, and dh, which comes from HBM and goes back.
 
     dh is read while the logits and dW are computed, and written during the next step; with a single token tile the
-    next step needs the very same one and waits for it.
+    next step needs the very same one and waits for it. Over 40 lines, so that the order of copies, waits and matmuls,
+    on which everything depends, can be read in one place.
     """
     inputs, dh_refs, (d_head_ref, sum_ref, tile_ref, ins, outs) = refs[:5], refs[5:-5], refs[-5:]
     _, _, hidden_ref, head_ref, _ = inputs

@@ -5,15 +5,14 @@ In a single process nothing is said. All functions here but the last are collect
 
 import contextlib
 import hashlib
-import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rpt_jax import ending
 from rpt_jax.records import InputError
 
 LONGEST_ERROR = 2048  # bytes of a message from one process to the others
@@ -30,10 +29,10 @@ def require_agreement(facts: Mapping[str, str]) -> None:
         return
     digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in facts.values()]
     host = socket.gethostname().encode()[:64].ljust(64)
-    every = multihost_utils.process_allgather(np.frombuffer(b"".join([host, *digests]), np.uint8))
-    hosts_P, facts_PF8 = every[:, :64], every[:, 64:].reshape(len(every), len(facts), 8)
-    for process, fact in np.argwhere((facts_PF8 != facts_PF8[0]).any(axis=2)):
-        name = hosts_P[process].tobytes().decode().strip()
+    every = multihost_utils.process_allgather(np.frombuffer(b"".join([host, *digests]), np.uint8))  # a row a process
+    hosts, found = every[:, :64], every[:, 64:].reshape(len(every), len(facts), 8)
+    for process, fact in np.argwhere((found != found[0]).any(axis=2)):
+        name = hosts[process].tobytes().decode().strip()
         raise InputError(
             f"process {process} on host {name!r} has another {list(facts)[fact]} than process 0: give all hosts the "
             "same code, settings and files, then start again"
@@ -73,17 +72,15 @@ def together() -> Iterator[None]:
 def end_if_host_lost(error: Exception) -> None:
     """Ends this process at once, with a message, where the error tells that another process is gone; else returns.
 
-    Without ceremony (os._exit): JAX would wait at its end for the process that is gone, and then abort. No collective.
+    Without ceremony (ending.at_once): JAX would wait at its end for the process that is gone, and then abort. No
+    collective.
     """
     lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_FAULTS)
     if not lost or jax.process_count() == 1:
         return
-    print(
+    ending.at_once(
         f"process {jax.process_index()} of {jax.process_count()} on host {socket.gethostname()!r} lost another one: "
         f"{str(error).splitlines()[0]}\nThe log of the host that ended first says why. The same command on all hosts "
         "goes on from the newest checkpoint.",
-        file=sys.stderr,
+        EXIT_LOST,
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_LOST)

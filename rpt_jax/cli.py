@@ -2,7 +2,8 @@
 
 What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
 that is not finite, a plan that does not fit or a cell of a sweep that failed, 2 input that cannot be used or a full
-disk, 128 + signal when told to stop (all saved), 3 where another host of the run is gone.
+disk, 128 + signal when told to stop (all saved), 3 where another host of the run is gone, 141 where nobody reads stdout
+any more.
 """
 
 import json
@@ -11,12 +12,31 @@ import sys
 from collections.abc import Sequence
 
 import rpt_jax
-from rpt_jax import disk, help
+from rpt_jax import disk, ending, help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command; returns the exit status.
+
+    Raises SystemExit with it where tyro has answered, or a run was told to stop.
+    """
+    argv, status = list(sys.argv[1:] if argv is None else argv), None
+    try:
+        status = _answer(argv)
+        if status is None:
+            status = _execute(argv)
+        print(end="", flush=True)  # here, where a failure is caught, rather than when Python ends
+    except OSError as error:
+        disk.end_if_full(error)
+        if not ending.nobody_reads(error):
+            raise
+        ending.drop_output()
+        return status or ending.UNREAD
+    return status
+
+
+def _answer(argv: list[str]) -> int | None:
+    """Answers words that ask for help, and those that are no command; None for a command that is to run."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help.overview())
         return 0 if argv else 2
@@ -33,21 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except help.NoSection as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 2
-    if page is not None:
-        print(page, end="")
-        return 0
-    argv = ["--help" if word == help.HELP_ALL else word for word in argv]
+    if page is None:
+        return None
+    print(page, end="")
+    return 0
+
+
+def _execute(argv: list[str]) -> int:
+    """Runs a command and shows its figures, or says why it could not; returns the exit status."""
     from rpt_jax.records import InputError
 
     _log_to_stderr()
     as_json = "--json" in argv
+    words = ["--help" if word == help.HELP_ALL else word for word in argv[1:] if word != "--json"]
     try:
-        figures = run(argv[0], [word for word in argv[1:] if word != "--json"], as_json)
+        figures = run(argv[0], words, as_json)
+    except SystemExit:
+        print(end="", flush=True)  # what tyro has printed, before Python ends
+        raise
     except InputError as error:
         print(f"rpt: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a name too long, a folder where a file is expected, no room, no permission
         disk.end_if_full(error)
+        if ending.nobody_reads(error):
+            raise
         print(f"rpt: {error}: check the name, what is there, and who may read and write it", file=sys.stderr)
         return 2
     except MemoryError as error:
@@ -62,9 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         disk.end_if_full(error)
         agreement.end_if_host_lost(error)
         raise
+    return _finish(argv[0], figures, as_json)
+
+
+def _finish(command: str, figures: dict, as_json: bool) -> int:
+    """Shows the figures that a command has not shown itself; returns the exit status that they mean."""
     if "commands" in figures and not as_json:  # for a shell: nothing else on stdout
         print("\n".join(figures["commands"]))
-    elif as_json or argv[0] not in ("quickstart", "sample", "plan", "fit"):  # which show their own
+    elif as_json or command not in ("quickstart", "sample", "plan", "fit"):  # which show their own
         show(figures, as_json)
     if figures.get("signal"):
         return 128 + figures["signal"]
@@ -72,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, words: list[str], as_json: bool = False) -> dict:
-    """Reads the settings of a command and runs it; returns its figures."""
+    """Reads the settings of a command and runs it; returns its figures.
+
+    Longer than 40 lines because all commands stand in one place, each with what it alone imports.
+    """
     from rpt_jax import commands, compilation, config
     from rpt_jax.experiment_file import load_experiment
 
@@ -94,8 +132,10 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "plan":
         from rpt_jax.planning import plan
 
-        if ["--mesh", "auto"] in [words[i : i + 2] for i in range(len(words))]:
-            words = [*(word for word in words if word not in ("--mesh", "auto")), "--choose-mesh"]
+        pairs = [words[i : i + 2] for i in range(len(words))]
+        if ["--mesh", "auto"] in pairs:
+            at = pairs.index(["--mesh", "auto"])
+            words[at : at + 2] = ["--choose-mesh"]
         start = commands.part_of(plan.PlanRun, load_experiment(given)) if given else plan.PlanRun()
         figures = plan.plan(parse(command, start, words))
         print(plan.shown(figures))
@@ -123,8 +163,8 @@ def run(command: str, words: list[str], as_json: bool = False) -> dict:
     if command == "report":
         from rpt_jax.study import report
 
-        given = [*filter(None, [given]), *places(words)]
-        return report.write_report(given, parse(command, report.ReportConfig(), words))
+        runs = [*filter(None, [given]), *places(words)]
+        return report.write_report(runs, parse(command, report.ReportConfig(), words))
     if command == "patterns":
         from rpt_jax.study import patterns
 
@@ -199,15 +239,18 @@ def run_convert(how: str, words: list[str]) -> dict:
     jax.config.update("jax_platforms", "cpu")  # needs no accelerator, nor the other hosts of one
     from rpt_jax import convert
 
-    places = [words.pop(0) for _ in range(2) if words and not words[0].startswith("-")]
-    source, output = [*places, "", ""][:2]
+    given = [words.pop(0) for _ in range(2) if words and not words[0].startswith("-")]
+    source, output = [*given, "", ""][:2]
     if how == "hf-to-orbax":
         return convert.from_published(source, output, parse("convert hf-to-orbax", convert.FromPublished(), words))
     return convert.to_published(source, output, parse("convert orbax-to-hf", convert.ToPublished(), words))
 
 
 def parse(command: str, default, words: list[str]):
-    """The dataclass of `default` with what the flags change, in range; --help-all (here --help) lists all of them."""
+    """The dataclass of `default` with what the flags change; --help-all (here --help) lists all of them.
+
+    Raises InputError for a number out of range, and SystemExit, as tyro does, for --help and for what is no flag.
+    """
     import tyro
 
     from rpt_jax.ranges import require_in_range
@@ -255,7 +298,10 @@ def show(figures: dict, as_json: bool) -> None:
     table = Table("", *(name.replace("_", " ") for name in shown), box=None)
     for split, row in figures.items():
         table.add_row(split, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in map(row.get, shown)))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.capture() as made:  # for print: rich itself ends a process, with status 1, where nobody reads
+        console.print(table)
+    print(made.get(), end="")
 
 
 def _log_to_stderr() -> None:

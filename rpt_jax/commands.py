@@ -35,6 +35,7 @@ from rpt_jax.corpus.questions import open_questions
 from rpt_jax.corpus.segments import require_room
 from rpt_jax.corpus.templates import load_template, require_fitting
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.json_file import write_json
 from rpt_jax.learning import judge, run_folder, train
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.inputs import Inputs
@@ -197,7 +198,7 @@ def run_evaluate(config: EvaluateRun) -> dict:
     model, params, tokenizer = load_policy(config.policy, mesh)
     figures = _evaluation(config, model, tokenizer, mesh)(params)
     if config.results and jax.process_index() == 0:
-        run_folder.write_json(Path(config.results), figures)
+        write_json(Path(config.results), figures)
     return figures
 
 
@@ -224,8 +225,7 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
         )
     policy = model, tokenizer, load_template(config.prompt.template, config.prompt.chat)
     shared = {"prompt": config.prompt, "sample": config.sample, "config": config.evaluate, "seed": config.seed}
-    shared |= {"end_ids": end_ids(tokenizer, config.sample.end_tokens), "mesh": mesh}
-    shared |= {"progress": _progress("batches evaluated")}
+    shared |= {"end_ids": end_ids(tokenizer, config.sample.end_tokens), "progress": _progress("batches evaluated")}
     if are_questions:
         config.questions.check(config.evaluate.annotated)
         judge.check_ready(config.prompt)
@@ -237,7 +237,7 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
     for split in splits.values():
         require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)
     exam = annotated.documents, splits
-    return lambda params: study.evaluate(params, *policy, *exam, banned_ids=banned, **shared).summary()
+    return lambda params: study.evaluate(params, *policy, *exam, banned_ids=banned, mesh=mesh, **shared).summary()
 
 
 def _read_corpus(config: PretrainRun) -> tuple[Tokenizer, Corpus]:

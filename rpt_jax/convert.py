@@ -20,6 +20,7 @@ from rpt_jax.learning.policy_folder import load_policy, require_policy_folder, s
 from rpt_jax.learning.run_folder import provenance
 from rpt_jax.policy.weights import load_weights, require_new_folder, save_weights, stored_dtype
 from rpt_jax.policy.weights_config import config_json, read_config
+from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ def from_published(source: str, output: str, config: FromPublished) -> dict:
 def to_published(source: str, output: str, config: ToPublished) -> dict:
     """Writes the folder and returns its figures; source: a policy or run folder."""
     _require_names(source, output, "orbax-to-hf POLICY OUTPUT")
-    if not 0 < config.file_gib < 2**30:
-        raise InputError(f"file_gib={config.file_gib}: use more than 0")
+    require_in_range(config)
     require_new_folder(Path(output))
     began = time.perf_counter()
     model, params, tokenizer = load_policy(Path(source))

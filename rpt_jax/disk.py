@@ -2,8 +2,9 @@
 
 import errno
 import os
-import sys
 from collections.abc import Iterator
+
+from rpt_jax import ending
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 EXIT = 2
@@ -12,19 +13,16 @@ EXIT = 2
 def end_if_full(error: BaseException) -> None:
     """Ends this process at once, with a message and exit status 2, where a full disk is behind the error; else returns.
 
-    Without ceremony (os._exit): who writes would try again at the end, and say the same in tracebacks.
+    Without ceremony (ending.at_once): who writes would try again at the end, and say the same in tracebacks.
     """
     if not any(is_full(each) for each in chain(error)):
         return
     where = next((f" for {each.filename}" for each in chain(error) if getattr(each, "filename", None)), "")
-    print(
+    ending.at_once(
         f"rpt: no space left on the disk{where}: free some and give the same command again; a run goes on from its "
         "newest whole checkpoint",
-        file=sys.stderr,
+        EXIT,
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT)
 
 
 def is_full(error: BaseException) -> bool:

@@ -1,9 +1,14 @@
-"""JSON text -> plain values; whatever keeps it from being used is a ValueError, so that readers catch that alone."""
+"""JSON text and files -> plain values, and back; whatever keeps one from being used is a ValueError, of a file an
+InputError, and files are written whole or not at all."""
 
 import itertools
 import json
+import os
 import re
+from pathlib import Path
 from typing import Any
+
+from rpt_jax.records import InputError
 
 DEEPEST = 100  # brackets within brackets: what walks through the values calls itself once for each
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -32,6 +37,35 @@ def parsed_text(content: bytes | str) -> Any:
     if HALF.search(_as_text(content)):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
+
+
+def read_object(path: Path, *keys: str, remedy: str = "make it again") -> dict:
+    """The object in a JSON file; raises InputError that names it, the first of `keys` it lacks, and the remedy."""
+    try:
+        content = parsed_text(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"no file {path}: {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}: {remedy}")
+    for key in keys:
+        if key not in content:
+            raise InputError(f"{path} has no {key!r}: it is not what this program wrote, {remedy}")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file whole or not at all, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _depth(content: bytes | str) -> int:

@@ -186,7 +186,7 @@ def place(tree: Params, shardings) -> Params:
 
 
 def batch_rows(batch: int, mesh: Mesh) -> np.ndarray:
-    """Indices of the rows of a global batch that this process feeds to to_global; all of them in a single process.
+    """Indices of the rows of a global batch that lie on this process's devices; all of them in a single process.
 
     Ascending but not always neighbours: a mesh that follows the interconnect interleaves the hosts. Processes that
     share rows (`tensor` spans them) get the same ones.
@@ -213,12 +213,6 @@ def all_rows(tree, rows: np.ndarray, count: int):
     return jax.tree.map(whole, made)
 
 
-def to_global(tree, mesh: Mesh):
-    """Global arrays, split by rows over data and fsdp, from each process's own rows (batch_rows says which)."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
-
-
 def to_host(tree):
     """Whole numpy arrays in every process from global arrays (a collective where processes hold parts)."""
 
@@ -232,7 +226,7 @@ def to_host(tree):
 
 def check_batch_divides(batch: int, mesh: Mesh, what: str = "prompts") -> None:
     """Raises InputError, with the nearest sizes that work, for a batch that does not divide over data and fsdp."""
-    parts = _parts(BATCH, mesh)
+    parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
         below, above = batch // parts * parts, -(-max(batch, 1) // parts) * parts
         remedy = f"{below} or {above}" if below > 0 else f"{above}"
@@ -260,15 +254,16 @@ def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platfor
 
     In this order: mesh.coordinator with mesh.processes and mesh.process; the environment variables
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a Slurm step of several tasks; a Cloud TPU VM.
-    mesh.coordinator="none" keeps a single process whatever the environment says.
+    mesh.coordinator="none" keeps a single process whatever the environment says. Raises InputError for processes that
+    are half given.
     """
     if config.coordinator == "none":
         return None
     explicit = config.coordinator != "auto"
     address = config.coordinator if explicit else environ.get("JAX_COORDINATOR_ADDRESS", "")
     if address:
-        processes = config.processes or int(environ.get("JAX_NUM_PROCESSES", 0))
-        process = config.process if config.process >= 0 else int(environ.get("JAX_PROCESS_ID", -1))
+        processes = config.processes or _number(environ, "JAX_NUM_PROCESSES", 0)
+        process = config.process if config.process >= 0 else _number(environ, "JAX_PROCESS_ID", -1)
         if ":" not in address or not 0 <= process < processes:
             raise InputError(
                 f"mesh: coordinator={address!r} with processes={processes} and process={process}: give host:port, "
@@ -282,7 +277,7 @@ def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platfor
             "add --mesh.coordinator host:port of process 0"
         )
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # what a step started by srun has
-    if int(environ.get("SLURM_NTASKS", 1)) > 1 and all(name in environ for name in slurm):
+    if _number(environ, "SLURM_NTASKS", 1) > 1 and all(name in environ for name in slurm):
         return {}
     # On a Cloud TPU VM importing jax puts "tpu" first; without TPU chips it sets TPU_SKIP_MDS_QUERY. A host that is
     # alone lists itself or nobody in the worker variables.
@@ -291,6 +286,14 @@ def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platfor
         several = len(workers.split(",")) > 1 if workers else "TPU_SKIP_MDS_QUERY" not in environ
         return {} if several else None
     return None
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise InputError(f"mesh: {name}={text!r}: set it to a whole number, or unset it") from None
 
 
 def _parts(axes: tuple[str, ...], mesh: Mesh) -> int:

@@ -7,6 +7,7 @@ Arrays are named after their axes, one capital per axis, everywhere in the proje
     B sequences (often N*G)    S cache slots                      C channels per head
     L layers                   D width                            F hidden width
     V vocabulary               X bytes of an answer or truth      Z accepted candidates
+    U units, the parts of a batch on data x fsdp (the letters within one: policy/stream.py)
 
 `rewards_NG` is one reward per prompt and rollout; einsum strings use the same letters in lower case.
 P is left to jax.sharding.PartitionSpec. Records are frozen pytrees: they cross jit boundaries whole.

@@ -3,7 +3,8 @@
     python tests/file_faults.py --results experiments/results/faults.csv
 
 A row a fault, in the table of fault_campaign.py: each file of the newest checkpoint cut at every tenth of its bytes,
-with single bytes turned, and removed; config.json and the annotated texts likewise; a NaN in what one device holds.
+with single bytes turned, and removed; config.json likewise; the annotated texts, before a run and under it; a NaN in
+what one device holds.
 Each fault must be named, with a remedy, or do no harm; the remedy must lead to the end of the run left alone, to the
 bit; what was whole must stay so. With --disks, instead, disks that are full at so many KiB (file systems in memory, so
 as root only).
@@ -27,7 +28,7 @@ import toy_run
 
 from rpt_jax.config import CheckpointConfig
 from rpt_jax.corpus.positions import open_annotated
-from rpt_jax.learning import checkpoints, run_folder, train
+from rpt_jax.learning import checkpoints, run_rows, train
 from rpt_jax.mesh import make_mesh
 from rpt_jax.records import InputError
 
@@ -122,16 +123,25 @@ def strike_settings(template: Path, struck: Path, alone: Path, file: Path, damag
     return ended(struck, alone, said, SAVED[-1])
 
 
-def strike_texts(template: Path, struck: Path, alone: Path, file: Path, damage: Callable) -> dict:
-    """Damage in the annotated texts, a copy of them: named, where it is met; with the file put back the run goes on."""
+def strike_texts(template: Path, struck: Path, alone: Path, file: Path, damage: Callable, under_the_run: bool) -> dict:
+    """Damage in the annotated texts, a copy of them: named, where it is met; with the file put back the run goes on.
+
+    under_the_run: after the first step that the run makes on them; what is open or in memory may then hide it.
+    """
     shutil.copytree(template, struck)
     texts = struck.with_name(struck.name + "_texts")
     toy.annotate(texts)
     whole = (texts / file).read_bytes()
-    damage(texts / file)
+
+    def report(row):
+        if under_the_run and row["step"] == SAVED[-1] + 1:
+            damage(texts / file)
+
+    if not under_the_run:
+        damage(texts / file)
     said = ""
     try:
-        run(struck, annotated=open_annotated(texts, toy.tokenizer()))
+        run(struck, annotated=open_annotated(texts, toy.tokenizer()), report=report)
     except NAMED as error:
         said = str(error)
         assert str(texts) in said, said
@@ -191,7 +201,7 @@ def strike_disk(disk: Path, alone: Path, kib: int) -> dict:
 
 
 def ended(struck: Path, alone: Path, said: str, continued_from) -> dict:
-    step = max((row["step"] for row in run_folder.read_rows(struck / "metrics.jsonl")), default=0)
+    step = max((row["step"] for row in run_rows.read_rows(struck / "metrics.jsonl")), default=0)
     same = fault_campaign.same(struck, alone)
     return {"step": step, "continued_from": continued_from, "restarts": int(bool(said)), "same": same, "said": said}
 
@@ -217,12 +227,15 @@ def faults(folder: Path, randomly: random.Random) -> Iterator[tuple[str, str, Ca
             lambda struck, file=file, damage=damage: strike_settings(template, struck, alone, file, damage),
         )
     texts = toy.annotate(folder / "texts")
-    for what, file, damage in changes(files_of(texts), randomly):
-        yield (
-            what,
-            f"texts/{file}",
-            lambda struck, file=file, damage=damage: strike_texts(template, struck, alone, file, damage),
-        )
+    for under in (False, True):
+        for what, file, damage in changes(files_of(texts), randomly):
+            yield (
+                what,
+                f"texts/{file}{', under the run' * under}",
+                lambda struck, file=file, damage=damage, under=under: strike_texts(
+                    template, struck, alone, file, damage, under
+                ),
+            )
     spread, mesh = folder / "half_spread", (1, 2, 1)
     run(folder / "alone_spread", mesh)
     half(spread, mesh)

@@ -30,6 +30,7 @@ HOST = {"stream": {"next_index": 3}, "queue": [[0, 2, 1.5, 0], [1, 2, 1.25, 0]],
 
 
 def targets() -> tuple[Target, ...]:
+    """A table, a reader a line or two behind the files that they read, and so longer than 40 lines."""
     one = write(scratch() / "published", MODEL, published(MODEL))
     tensors = published(MODEL)
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}

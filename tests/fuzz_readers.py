@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ from fuzz_targets import Target, file_in, file_of, scratch
 
 from rpt_jax.config import CorpusConfig, PositionConfig, PromptConfig, QuestionConfig
 from rpt_jax.corpus import annotated_record, choices, documents, positions, questions
+from rpt_jax.corpus.tokenizer import Tokenizer, train_sentencepiece
 from rpt_jax.learning import run_rows
 from rpt_jax.records import InputError
 from rpt_jax.scaling import claims, fit, sweep_cell, table
@@ -33,6 +35,7 @@ CHOICES = {
 
 
 def targets() -> tuple[Target, ...]:
+    """A table, a reader a line or two, and so longer than 40 lines."""
     lines = _lines(RECORDS)
     options = tuple(_lines([record] * 2) for record in CHOICES.values())
     annotated, run = toy.annotate(scratch() / "annotated"), _run(scratch() / "run")
@@ -206,12 +209,9 @@ def reads_questions(path: str) -> None:
     assert len(made.train) and all(answer.strip() == answer and answer for answer in made.answers)
 
 
-def _plain():
-    if not hasattr(_plain, "made"):
-        from rpt_jax.corpus.tokenizer import train_sentencepiece
-
-        _plain.made = train_sentencepiece(["one two a b"] * 20, 270, scratch() / "plain")
-    return _plain.made
+@functools.cache
+def _plain() -> Tokenizer:
+    return train_sentencepiece(["one two a b"] * 20, 270, scratch() / "plain")
 
 
 def reads_choices(path: str) -> None:

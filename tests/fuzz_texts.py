@@ -1,6 +1,7 @@
 """Targets: tokenizers of damaged files, texts of any bytes, templates, answers and rewards, with the laws of each."""
 
 import contextlib
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -167,11 +168,11 @@ def _has_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+@functools.cache
 def _good() -> tuple[Tokenizer, ...]:
-    if not hasattr(_good, "made"):
-        full = file_of("good.json")(json.dumps(byte_level_description()).encode())
-        _good.made = toy.tokenizer(), load_tokenizer(full), load_tokenizer(scratch() / "bpe")
-    return _good.made
+    """Tokenizers of each kind: of characters, of bytes, and SentencePiece's BPE."""
+    full = file_of("good.json")(json.dumps(byte_level_description()).encode())
+    return toy.tokenizer(), load_tokenizer(full), load_tokenizer(scratch() / "bpe")
 
 
 def template_file(content: bytes) -> None:
@@ -266,4 +267,4 @@ def verdict(content: bytes) -> None:
     reference = reference.decode("utf-8", "replace").strip()
     found = judge.at_once(reference, judge.readable(answer))
     assert found in (None, RIGHT, WRONG)
-    assert judge.at_once(reference, reference) == RIGHT or not reference or reference is None
+    assert judge.at_once(reference, reference) == RIGHT or not reference

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from rpt_jax.learning.advantages import group_advantages, groups_agree, zero_variance_share
+from rpt_jax.learning.advantages import group_advantages, groups_agree
 from rpt_jax.records import InputError
 
 KINDS = ("std", "mean", "leave_one_out")
@@ -57,10 +57,9 @@ def test_laws(rewards_NG, order):
         np.testing.assert_allclose(alone_G, advantages_NG[1], atol=1e-6)
 
 
-def test_zero_variance_share():
+def test_groups_that_agree():
     rewards_NG = np.array([[0, 0], [1, 1], [1, 0], [0, 1]], np.float32)
     assert groups_agree(rewards_NG).tolist() == [True, True, False, False]
-    assert float(zero_variance_share(rewards_NG)) == 0.5
 
 
 @pytest.mark.parametrize("shape, kind", [((4, 1), "std"), ((4, 2), "variance")])

@@ -3,6 +3,8 @@
 That hosts which differ are named is shown in test_processes.py, with real ones.
 """
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -86,7 +88,7 @@ def ended(monkeypatch):
     def leave(status):
         raise Ended(status)
 
-    monkeypatch.setattr(agreement.os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", leave)
 
 
 def test_a_lost_host_ends_this_process_with_a_message(of_two, ended, capsys):

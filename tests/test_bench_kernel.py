@@ -46,6 +46,12 @@ def test_cycles_of_equal_operations_are_counted_as_often_as_they_run():
     assert simulate._profiled("hlo_op_estimate {\n}\n") == 0
 
 
+def test_a_dtype_that_is_none_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "kernel", "--dtype", "float33"])
+    assert ended.value.code == 2 and "--dtype" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 def test_a_simulated_kernel_takes_more_cycles_for_more_columns_and_never_beats_the_peak():
     T, D = 256, 512

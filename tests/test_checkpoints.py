@@ -120,11 +120,13 @@ def damage(folder, how):
         (folder / "host" / "metadata").write_text(text.replace('"step": 4', '"step": 5'))
     elif how == "item":
         shutil.rmtree(folder / "rest")
+    elif how == "list":
+        (folder / "host" / "metadata").write_text('["stream"]')
     else:
         (folder / "host" / "metadata").write_text('{"stream": ')
 
 
-DAMAGES = ["cut", "gone", "item", "json", "digit", "other"]
+DAMAGES = ["cut", "gone", "item", "json", "list", "digit", "other"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)

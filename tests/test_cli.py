@@ -1,7 +1,9 @@
 """Claims: help comes at once and in order; bad input ends with status 2, one message and no traceback; a figure that is
-not finite ends with 1; from text to an evaluated policy, and out to other programs, by commands alone."""
+not finite ends with 1, a reader that goes away with 141 and no word; from text to an evaluated policy, and out to other
+programs, by commands alone."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import toy
 
 from rpt_jax import cli, commands, help
 from rpt_jax.learning.policy_folder import save_policy
+from rpt_jax.planning import plan
 
 
 def run(capsys, *words):
@@ -84,6 +87,37 @@ def test_bad_input_through_the_real_command(tmp_path):
         "`rpt convert hf-to-orbax` of published weights) or the folder of a run that has saved a checkpoint\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+TABLE = (
+    "-c",
+    "import sys; from rpt_jax import cli, commands\n"
+    "commands.run_evaluate = lambda config: {'hard': {'argmax': 0.5}}\n"
+    "sys.exit(cli.main(['evaluate', 'policy']))",
+)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words", [("-m", "rpt_jax.cli", "--help"), ("-m", "rpt_jax.cli", "train", "--help-all"), TABLE]
+)
+def test_a_reader_that_goes_away_is_no_error(words, unbuffered):
+    """As in `rpt --help | head -3`: status 141 and no traceback, whether printing fails or the flush behind it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environ = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, *words], stdout=writer, stderr=subprocess.PIPE, text=True, env=environ)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_other_broken_pipes_are_errors(capsys, monkeypatch):
+    def lose(config):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(commands, "run_train", lose)
+    status, output, message = run(capsys, "train")
+    assert (status, output) == (2, "") and message.startswith("rpt: [Errno 32] Broken pipe: check")
 
 
 def test_fit_shows_a_table_and_ends_with_figures_by_size_and_split(capsys, tmp_path):
@@ -193,6 +227,15 @@ def test_from_text_to_an_evaluated_policy(capsys, tmp_path, text):
 
     status, output, _ = run(capsys, "evaluate", tmp_path / "base", "--evaluate.annotated", tmp_path / "none")
     assert status == 2 and output == ""
+
+
+def test_mesh_auto_is_a_pair_of_words(monkeypatch):
+    """Not the word auto wherever it stands."""
+    seen = []
+    monkeypatch.setattr(plan, "plan", lambda config: seen.append(config) or {"fits": True})
+    monkeypatch.setattr(plan, "shown", lambda figures: "")
+    assert cli.main(["plan", "--mesh", "auto", "--mesh.coordinator", "auto"]) == 0
+    assert seen[0].choose_mesh and seen[0].mesh.coordinator == "auto"
 
 
 def test_figures_for_people(capsys):

@@ -13,7 +13,7 @@ from test_quickstart import TINY
 from rpt_jax.config import ModelConfig
 from rpt_jax.config_dict import to_dict
 from rpt_jax.experiment_file import load_module
-from rpt_jax.learning import run_folder
+from rpt_jax.learning import run_rows
 from rpt_jax.records import InputError
 from rpt_jax.scaling import claims
 from rpt_jax.study import quickstart
@@ -50,7 +50,7 @@ def test_a_row_alone_makes_what_it_needs(finished):
 def test_all_spend_what_prefix_has_spent(finished):
     settings, rows = finished
     by_method = {row["method"]: row for row in rows}
-    steps = run_folder.read_rows(settings.runs / "prefix-1" / "metrics.jsonl")
+    steps = run_rows.read_rows(settings.runs / "prefix-1" / "metrics.jsonl")
     budget = sum(row["flops_sample"] + row["flops_update"] for row in steps)
     assert float(by_method["prefix"]["flops"]) == pytest.approx(budget, rel=1e-5) and len(steps) == 2
     assert by_method["base"]["flops"] == by_method["base"]["updates"] == "0"
@@ -58,7 +58,7 @@ def test_all_spend_what_prefix_has_spent(finished):
         row = by_method[method]
         assert float(row["budget"]) == pytest.approx(budget, rel=1e-5)
         assert budget <= float(row["flops"]) * (1 + 1e-5) and float(row["flops"]) < 1.7 * budget
-    last = run_folder.read_rows(settings.runs / "first_token-1" / "metrics.jsonl")[-1]
+    last = run_rows.read_rows(settings.runs / "first_token-1" / "metrics.jsonl")[-1]
     assert last["flops_spent"] - last["flops_sample"] - last["flops_update"] < budget <= last["flops_spent"]
 
 
@@ -136,7 +136,7 @@ def test_each_method_has_its_settings(monkeypatch, tmp_path):
     def changes(method):
         made = comparison.run_config(method, TINY, policy, 5.0, tmp_path)
         made.check()
-        flat = run_folder.flat
+        flat = run_rows.flat
         old, new = flat(to_dict(common)), flat(to_dict(made))
         assert (new.pop("flops"), new.pop("steps"), new.pop("name")) == (5.0, 200, method)
         return {name: value for name, value in new.items() if value != old[name]}

@@ -38,23 +38,9 @@ def params():
     return tree | {"head": tree["head"] * 20}
 
 
-@jax.jit
-def logits_of(params, tokens_1T, length):
-    positions_1T = decoder.positions_from_lengths(length[None], tokens_1T.shape[1])
-    hidden_1TD, _ = decoder.forward(params, toy.model(), tokens_1T, positions_1T)
-    return decoder.logits(params, toy.model(), hidden_1TD)[0]
-
-
 def plain(context, continuation) -> tuple[float, bool]:
     """One sequence by itself, softmax and sum in float64."""
-    tokens = [*context, *continuation]
-    tokens_1T = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 48 - len(tokens))))
-    logits_TV = np.asarray(logits_of(params(), tokens_1T, np.int32(len(tokens))), np.float64)
-    rows_RV = logits_TV[len(context) - 1 : len(tokens) - 1]
-    shifted_RV = rows_RV - rows_RV.max(axis=1, keepdims=True)
-    logprobs_RV = shifted_RV - np.log(np.exp(shifted_RV).sum(axis=1, keepdims=True))
-    chosen_R = logprobs_RV[np.arange(len(continuation)), continuation]
-    return chosen_R.sum(), bool((rows_RV.argmax(axis=1) == continuation).all())
+    return toy.plain_logprob(params(), toy.model(), [*context, *continuation], len(continuation))
 
 
 def greedy_pair(context, count):

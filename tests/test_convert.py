@@ -12,11 +12,11 @@ import pytest
 import safetensors.numpy
 import toy
 from huggingface_hub import constants, file_download
-from test_weights import decoder_shapes
 from test_weights_golden import GOLDEN, tensors_of
 
 from rpt_jax import cli
 from rpt_jax.learning.policy_folder import load_policy, save_policy
+from rpt_jax.policy import decoder
 
 CONFIG = json.loads((GOLDEN / "qwen2_tied" / "config.json").read_text())
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_used_is_named_with_a_remedy(words, message, published, t
 
 def test_a_policy_of_no_family_leaves_nothing_behind(tmp_path, run):
     model = toy.model(qkv_bias=True, qk_norm=True)
-    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), decoder_shapes(model))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), decoder.shapes(model))
     save_policy(tmp_path / "policy", model, params, toy.tokenizer(), {})
     status, _, said = run("orbax-to-hf", tmp_path / "policy", tmp_path / "out", "--context", 64)
     assert status == 2 and "neither Qwen2 nor Qwen3 has both" in said

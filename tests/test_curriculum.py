@@ -70,6 +70,8 @@ def test_processes_share_one_order():
     ]
     alone = take(curriculum.easy_to_hard(many(10), **options), 36)
     assert [index for turn in zip(*shards, strict=True) for index in turn] == alone
+    with pytest.raises(InputError, match="process 3 of 3"):
+        curriculum.easy_to_hard(many(10), **options, process_index=3, process_count=3)
 
 
 def test_the_config_chooses_the_order():

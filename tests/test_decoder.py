@@ -1,4 +1,5 @@
-"""Decoder: numbers by hand, a float64 decoder in plain numpy as the judge, and the laws of cache, padding, context.
+"""Decoder: numbers by hand, a float64 decoder in plain numpy as the judge, and the laws of cache and padding (of
+context and gradients: test_decoder_gradients.py).
 
 The judge goes through layers, heads and queries one at a time and turns channel pairs as complex numbers; it shares
 no code with the decoder, so it also checks the scan over layers and the grouped heads.
@@ -33,7 +34,7 @@ POSITIONS_BT = np.array([[0, 3, 11, 40, 41, 100, 300], [0, 1, -1, 2, 90, -1, -1]
 def policy(model: ModelConfig = MODEL):
     """Parameters far from any symmetry: no bias is 0, no norm scale 1."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(decoder.init, model), jax.random.key(0))
+    shapes = decoder.shapes(model)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + ("scale" in str(path[-1])), params)
 
@@ -46,21 +47,6 @@ def forward(params, tokens_BT, positions_BT, model=MODEL):
 def hidden(*args):
     """Hidden states [B, T, D] on the host."""
     return np.asarray(forward(*args))
-
-
-def weighted(states, params, tokens_BT, positions_BT, weights_BTD):
-    """(gradient of the weighted sum of all hidden states that `states` makes, those states)."""
-
-    def objective(params):
-        hidden_BTD = states(params, tokens_BT, positions_BT)
-        return jnp.vdot(weights_BTD, hidden_BTD), hidden_BTD
-
-    return jax.grad(objective, has_aux=True)(params)
-
-
-@functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK)
-def gradient(params, tokens_BT, positions_BT, weights_BTD, model=MODEL):
-    return weighted(functools.partial(forward, model=model), params, tokens_BT, positions_BT, weights_BTD)
 
 
 def assert_close(tree, expected, rtol=1e-4):
@@ -241,65 +227,6 @@ def test_padding_changes_nothing():
     np.testing.assert_array_equal(
         decoder.positions_from_lengths(jnp.array([2, 0, 3]), 3), [[0, 1, -1], [-1, -1, -1], [0, 1, 2]]
     )
-
-
-@functools.cache
-def shared_prompts():
-    """Two ragged prompts with three ragged responses each, as plain rows: prompt, its padding, response."""
-    rng = np.random.default_rng(1)
-    positions_BT = np.full((6, 7), -1)
-    for b, (prompt, response) in enumerate([(4, 3), (4, 1), (4, 2), (2, 3), (2, 3), (2, 2)]):
-        positions_BT[b, :prompt] = np.arange(prompt)
-        positions_BT[b, 4 : 4 + response] = prompt + np.arange(response)
-    tokens_BT = rng.integers(0, 13, (6, 7))
-    tokens_BT[:, :4] = np.repeat(tokens_BT[::3, :4], 3, axis=0)
-    weights_BTD = rng.normal(size=(6, 7, 16)) * (positions_BT >= 0)[..., None]
-    return tokens_BT, positions_BT, weights_BTD.astype(np.float32)
-
-
-def shared_hidden(params, tokens_BT, positions_BT):
-    """Hidden states of plain rows, by way of prompts computed once for three rows each."""
-    prompt_NTD, keys = decoder.forward(params, MODEL, tokens_BT[::3, :4], positions_BT[::3, :4])
-    own_BRD, _ = decoder.forward(params, MODEL, tokens_BT[:, 4:], positions_BT[:, 4:], (keys,))
-    return jnp.concatenate([jnp.repeat(prompt_NTD, 3, axis=0), own_BRD], axis=1)
-
-
-def test_shared_context_equals_repeated_prompts():
-    """In values, and in gradients through prompt and responses."""
-    live = shared_prompts()[1] >= 0
-    shared = jax.jit(functools.partial(weighted, shared_hidden), compiler_options=QUICK)
-    gradients, states_BTD = jax.device_get(shared(policy(), *shared_prompts()))
-    plain_gradients, plain_states_BTD = jax.device_get(gradient(policy(), *shared_prompts()))
-    assert_close(states_BTD[live], plain_states_BTD[live])
-    assert_close(gradients, plain_gradients)
-
-
-def test_causality_by_gradients():
-    """State t depends on the embedding of each token up to t in its row, and on no other token."""
-    tokens_BT, positions_BT, _ = shared_prompts()
-    tokens_BT = np.vstack([np.arange(7), np.full((5, 7), 12)])
-    for t in range(7):
-        weights_BTD = np.zeros((6, 7, 16), np.float32)
-        weights_BTD[0, t] = np.arange(16)
-        by_embedding_VD = gradient(policy(), tokens_BT, positions_BT, weights_BTD)[0]["embedding"]
-        strength_V = np.abs(by_embedding_VD).max(axis=1)
-        np.testing.assert_array_equal(strength_V > 0, np.arange(13) <= t, err_msg=f"state {t}")
-
-
-@pytest.mark.parametrize("remat", ["dots", "layer"])
-def test_remat_changes_no_gradient(remat):
-    model = replace(MODEL, remat=remat)
-    assert_close(gradient(policy(), *shared_prompts(), model)[0], gradient(policy(), *shared_prompts())[0], rtol=1e-5)
-
-
-def test_remat_computes_again():
-    """Matrix products in the gradient: fewest with everything kept, most with only layer inputs kept."""
-
-    def products(remat):
-        model = replace(MODEL, remat=remat)
-        return str(gradient.trace(policy(), *shared_prompts(), model).jaxpr).count("dot_general")
-
-    assert products("none") < products("dots") < products("layer")
 
 
 @jax.jit

@@ -37,10 +37,13 @@ def test_a_full_disk_is_known(error, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOENT, "No such file"), ValueError("RESOURCE_EXHAUSTED: Out of memory"), KeyError()]
 )
-def test_other_errors_are_left_alone(error):
+def test_other_errors_are_left_alone(monkeypatch, error):
+    ended = []
+    monkeypatch.setattr(disk.os, "_exit", ended.append)
     looped = chained(RuntimeError("a"), cause=error)
     error.__context__ = looped
     disk.end_if_full(looped)
+    assert ended == []
 
 
 def test_the_command_ends_with_words(tmp_path):
@@ -49,4 +52,12 @@ def test_the_command_ends_with_words(tmp_path):
     words += "def run(*_):\n    with open('/dev/full', 'w') as file:\n        file.write('x' * 9)\n"
     words += "cli.run = run\nsys.exit(cli.main(['train']))"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no space left" in done.stderr, done.stderr
+
+
+def test_output_to_the_full_disk_ends_with_words_too():
+    """`rpt --help > /dev/full`: the write fails when the output is flushed."""
+    with open("/dev/full", "w") as nowhere:
+        command = [sys.executable, "-m", "rpt_jax.cli", "--help"]
+        done = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no space left" in done.stderr, done.stderr

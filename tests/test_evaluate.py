@@ -47,7 +47,7 @@ PROMPT = PromptConfig(max_tokens=64, truth_bytes=8)
 @functools.cache
 def policy():
     """Random parameters; drawn by numpy, as compiling decoder.init would take longer than most tests here."""
-    shapes = jax.eval_shape(functools.partial(decoder.init, MODEL), jax.random.key(0))
+    shapes = decoder.shapes(MODEL)
     random = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(leaf.dtype), shapes)
 

@@ -31,6 +31,7 @@ ORDER = [
     "rpt_jax.config_dict",
     "rpt_jax.experiment_file",
     "rpt_jax.mesh",
+    "rpt_jax.ending",
     "rpt_jax.agreement",
     "rpt_jax.disk",
     "rpt_jax.preemption",
@@ -88,8 +89,8 @@ ORDER = [
     "rpt_jax.learning.inputs",
     "rpt_jax.learning.train",
     "rpt_jax.study.held_out",
-    "rpt_jax.study.evaluate",
     "rpt_jax.study.continuations",
+    "rpt_jax.study.evaluate",
     "rpt_jax.study.multiple_choice",
     "rpt_jax.study.harness",
     "rpt_jax.study.harness_lm",
@@ -107,10 +108,10 @@ ORDER = [
     "rpt_jax.planning.search",
     "rpt_jax.planning.plan",
     "rpt_jax.bench.simulate",
-    "rpt_jax.bench.kernel",
     "rpt_jax.bench.stopwatch",
     "rpt_jax.bench.workload",
     "rpt_jax.bench.step",
+    "rpt_jax.bench.kernel",
     "rpt_jax.bench.compare",
     "rpt_jax.convert",
     "rpt_jax.commands",
@@ -228,7 +229,7 @@ def test_nobody_imports_a_top_level_kernels():
 
 
 def test_files_are_short_or_say_why():
-    for folder in ("rpt_jax", "kernels", "experiments"):
+    for folder in ("rpt_jax", "kernels", "experiments", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             source = path.read_text()
             lines = source.count("\n")

@@ -3,14 +3,11 @@ settings of a task are obeyed; what cannot be answered is said. test_harness_lm.
 
 from dataclasses import replace
 
-import jax
-import numpy as np
 import pytest
 import toy
 
 from rpt_jax.config import PromptConfig, SampleConfig
 from rpt_jax.learning import run_folder
-from rpt_jax.policy import decoder
 from rpt_jax.records import InputError
 from rpt_jax.study import harness
 from rpt_jax.study.harness import Asked, HarnessRun, Wish, answer_of, generate, loglikelihoods, windows, wish_of
@@ -25,20 +22,9 @@ def asked(**changes) -> Asked:
     return Asked(toy.model(), toy.params(), tokenizer, replace(SMALL, **changes), (tokenizer.end_of_text,))
 
 
-@jax.jit
-def logits_of(params, tokens_1T, length):
-    positions_1T = decoder.positions_from_lengths(length[None], tokens_1T.shape[1])
-    hidden_1TD, _ = decoder.forward(params, toy.model(), tokens_1T, positions_1T)
-    return decoder.logits(params, toy.model(), hidden_1TD)[0]
-
-
 def plain(tokens, count) -> tuple[float, bool]:
     """log p of the last tokens by a softmax in float64, and whether each is the arg-max."""
-    tokens_1T = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 48 - len(tokens))))
-    logits_TV = np.asarray(logits_of(toy.params(), tokens_1T, np.int32(len(tokens))), np.float64)
-    rows_RV, last_R = logits_TV[len(tokens) - count - 1 : len(tokens) - 1], tokens[-count:]
-    logprobs_RV = rows_RV - np.log(np.exp(rows_RV).sum(axis=1, keepdims=True))
-    return logprobs_RV[np.arange(count), last_R].sum(), bool((rows_RV.argmax(axis=1) == last_R).all())
+    return toy.plain_logprob(toy.params(), toy.model(), tokens, count)
 
 
 def test_loglikelihoods():
@@ -105,9 +91,7 @@ def greedy_text(context: str, count: int) -> str:
     """Greedy decoding one forward pass a token."""
     tokens, made = toy.tokenizer().encode(context), []
     while len(made) < count:
-        both = [*tokens, *made]
-        tokens_1T = np.pad(np.array([both], np.int32), ((0, 0), (0, 48 - len(both))))
-        made.append(int(logits_of(toy.params(), tokens_1T, np.int32(len(both)))[len(both) - 1].argmax()))
+        made.append(int(toy.plain_logits(toy.params(), toy.model(), [*tokens, *made])[-1].argmax()))
         if made[-1] == toy.tokenizer().end_of_text:
             made.pop()
             break
@@ -172,6 +156,9 @@ def test_wishes():
     assert wish_of({"max_tokens": 4, "max_gen_toks": 5}, config).max_tokens == 5
     with pytest.raises(InputError, match="generation setting num_beams=4 is not known"):
         wish_of({"num_beams": 4}, config)
+    for wrong in ({"temperature": "warm"}, {"top_k": [3]}, {"max_tokens": float("inf")}, {"until": 3}):
+        with pytest.raises(InputError, match="of a wrong kind .*: mend the task's YAML"):
+            wish_of(wrong, config)
 
 
 def test_settings_come_from_a_run(tmp_path):

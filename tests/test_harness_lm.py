@@ -68,9 +68,7 @@ def model():
 def params():
     """Random, but for what follows a colon: 7, and then a new question."""
     rng, id_of = np.random.default_rng(0), tokenizer().id_of
-    shapes = jax.eval_shape(functools.partial(decoder.init, model()), jax.random.key(0))
-    tree = jax.tree.map(lambda x: (0.04 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
-    tree = jax.tree.map_with_path(lambda path, x: np.ones_like(x) if path[-1].key == "scale" else x, tree)
+    tree = toy.noise(model(), 0.04, rng)
     follows_VV = 0.1 * rng.standard_normal((96, 96)).astype(np.float32)
     follows_VV[id_of(":"), id_of("7")] = follows_VV[id_of("7"), id_of("Question:")] = 3
     return tree | {"embedding": np.eye(96, dtype=np.float32), "head": follows_VV}

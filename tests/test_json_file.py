@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from rpt_jax.json_file import DEEPEST, parsed, parsed_text
+from rpt_jax.json_file import DEEPEST, parsed, parsed_text, read_object, write_json
+from rpt_jax.records import InputError
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -40,3 +41,32 @@ def test_halves_of_pairs_are_refused_where_texts_are_written_on():
     for content in (b'"\\ud83d"', b'{"\\uDE00": 1}', '["\\ud83dx"]'.encode("utf-16")):
         with pytest.raises(ValueError, match="surrogates"):
             parsed_text(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file .*a.json: copy it"),
+        (b"{", "a.json is no JSON .*: copy it"),
+        (b'{"a": "\\ud83d"}', "a.json is no JSON .*surrogates.*: copy it"),
+        (b"[1]", "a.json: expected a JSON object, found list: copy it"),
+        (b'{"a": 1}', "a.json has no 'b': it is not what this program wrote, copy it"),
+    ],
+)
+def test_a_file_is_an_object_with_the_keys_or_the_message_names_it(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_object(path, "a", "b", remedy="copy it")
+    path.write_bytes(b'{"a": 1, "b": null}')
+    assert read_object(path, "a", "b") == {"a": 1, "b": None}
+
+
+def test_an_object_comes_back_and_one_that_is_none_leaves_the_old(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, {"a": [1, "\u2028 é"]})
+    for content in ({"a": object()}, {"a": "\ud83d" * 2, "b": {1, 2}}):
+        with pytest.raises(TypeError):
+            write_json(path, content)
+    assert read_object(path) == {"a": [1, "\u2028 é"]} and [each.name for each in path.parent.iterdir()] == ["a.json"]

@@ -109,7 +109,7 @@ def test_batch_goes_out_by_rows_and_comes_back():
         logprobs_NGR=np.linspace(0, 1, 120, dtype=np.float32).reshape(8, 3, 5),
         finished_NG=np.arange(24).reshape(8, 3) % 2 == 0,
     )
-    sent = meshes.to_global(rollouts, mesh)
+    sent = meshes.place(rollouts, meshes.batch_sharding(mesh))
     assert [x.addressable_data(0).shape[0] for x in jax.tree.leaves(sent)] == [2, 2, 2, 2]
     jax.tree.map(np.testing.assert_array_equal, meshes.to_host(sent), rollouts)
     assert meshes.batch_rows(8, mesh).tolist() == list(range(8))
@@ -179,6 +179,7 @@ def test_where_the_processes_are_found(config, environ, platforms, expected):
         (MeshConfig(coordinator="b:2", processes=2, process=2), {}, "processes=2 and process=2: give host:port"),
         (MeshConfig(coordinator="b", processes=2, process=0), {}, "coordinator='b' .* give host:port"),
         (MeshConfig(), {"JAX_COORDINATOR_ADDRESS": "a:1"}, "processes=0 and process=-1: give"),
+        (MeshConfig(), JAX | {"JAX_PROCESS_ID": "n3"}, "JAX_PROCESS_ID='n3': set it to a whole number"),
         (MeshConfig(processes=2, process=0), {}, "without a coordinator: add --mesh.coordinator"),
     ],
 )
@@ -208,7 +209,9 @@ PROCESS = textwrap.dedent(
         mesh = meshes.make_mesh(config, order)
         mine = meshes.batch_rows(8, mesh)
         assert mine.tolist() == rows[jax.process_index()], (mine, rows)
-        sent = meshes.to_global({"x": whole[mine]}, mesh)
+        sent = meshes.place({"x": whole}, meshes.batch_sharding(mesh))
+        held = {row for shard in sent["x"].addressable_shards for row in range(8)[shard.index[0]]}
+        assert held == set(rows[jax.process_index()]), (held, rows)
         assert sent["x"].shape == (8, 3) and not sent["x"].is_fully_addressable
         np.testing.assert_array_equal(meshes.to_host(jax.jit(lambda x: x["x"] * 2)(sent)), whole * 2)
         split = meshes.place({"w": whole.T}, meshes.param_shardings(mesh, {"w": ("embed", "mlp")}, {"w": whole.T}))

@@ -55,9 +55,7 @@ def model() -> ModelConfig:
 def params():
     """A random decoder for log-probs whose head, after a mark of the prompt or a box, has a table of what follows."""
     rng, id_of = np.random.default_rng(0), tokenizer().id_of
-    shapes = jax.eval_shape(functools.partial(decoder.init, model()), jax.random.key(0))
-    tree = jax.tree.map(lambda x: (0.06 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
-    tree = jax.tree.map_with_path(lambda path, x: np.ones_like(x) if path[-1].key == "scale" else x, tree)
+    tree = toy.noise(model(), 0.06, rng)
     follows_VV = 0.3 * rng.standard_normal((64, 64)).astype(np.float32)
     chain = ["<think>", "</think>", "\\boxed{", *BOXED, "}"]
     follows_VV[[id_of(piece) for piece in chain]] = 0
@@ -76,20 +74,9 @@ def policy(tmp_path_factory):
     return folder
 
 
-@jax.jit
-def logits_of(params, tokens_1T, length):
-    positions_1T = decoder.positions_from_lengths(length[None], tokens_1T.shape[1])
-    hidden_1TD, _ = decoder.forward(params, model(), tokens_1T, positions_1T)
-    return decoder.logits(params, model(), hidden_1TD)[0]
-
-
 def plain(text: str, count: int) -> float:
     """log p of the last `count` characters, each a token, by a softmax in float64."""
-    tokens = tokenizer().encode(text)
-    tokens_1T = np.pad(np.array([tokens], np.int32), ((0, 0), (0, 96 - len(tokens))))
-    logits_TV = np.asarray(logits_of(params(), tokens_1T, np.int32(len(tokens))), np.float64)[: len(tokens)]
-    logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
-    return sum(logprobs_TV[t - 1, tokens[t]] for t in range(len(tokens) - count, len(tokens)))
+    return toy.plain_logprob(params(), model(), tokenizer().encode(text), count, width=96)[0]
 
 
 def by_hand(question, score) -> list[float]:

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import norm
 
 from rpt_jax import cli
+from rpt_jax.records import InputError
 from rpt_jax.study import patterns
 from rpt_jax.study.patterns import compare, contains, count, wilson
 
@@ -130,3 +131,9 @@ def test_what_cannot_be_counted_is_said(files, capsys, words, message):
     run, other = files
     assert cli.main(["patterns", *(word.format(run=run, other=other) for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_without_rows_is_said(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(InputError, match="a.jsonl has no rows"):
+        patterns.read_responses(str(tmp_path / "a.jsonl"), "thought")

@@ -242,16 +242,25 @@ def test_streams_that_cannot_be():
 )
 def test_headers_that_say_too_little(folder, header):
     (folder / "header.json").write_text(header)
-    with pytest.raises(InputError, match=r"header\.json (does not name the tokenizer|is no JSON)"):
+    with pytest.raises(
+        InputError, match=r"header\.json(: expected a JSON object| does not name the tokenizer| is no JSON)"
+    ):
         positions.open_annotated(folder, TOKENIZER)
 
 
-@pytest.mark.parametrize("change", [{"tokens_T": [0, 1, 4, 3, 1]}, {"tokens_T": [0, -1, 2, 3, 1]}, {"document": 2**31}])
-def test_records_with_what_cannot_be(folder, change):
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"tokens_T": [0, 1, 4, 3, 1]}, "has tokens from 0 to 4 in a vocabulary of 4"),
+        ({"tokens_T": [0, -1, 2, 3, 1]}, "has tokens from -1 to 3 in a vocabulary of 4"),
+        ({"document": 2**31}, "is of document 2147483648, numbers end below 2147483648"),
+    ],
+)
+def test_records_with_what_cannot_be(folder, change, found):
     """Tokens that the tokenizer lacks, and a number of a document that an int32 does not hold."""
     positions.write_annotated(folder, 1, [dataclasses.replace(DOCUMENTS[0], **change)])
     annotated = positions.open_annotated(folder, TOKENIZER)
-    with pytest.raises(InputError, match="record 1 has a document's number or a token that cannot be, of 4"):
+    with pytest.raises(InputError, match=f"record 1 {found}: annotate again"):
         positions.all_positions(annotated, 1)
 
 

@@ -136,5 +136,5 @@ def test_batches_that_end_early_or_hold_foreign_ids_stop_the_run():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     bad = np.ones((2, 4), np.int32), np.full((2, 4), np.nan, np.float32)
-    with pytest.raises(FloatingPointError, match="step 0: loss nan"):
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
         pretrain(params(), MODEL, CONFIG, itertools.repeat(bad))

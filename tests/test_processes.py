@@ -1,8 +1,11 @@
 """Claims: several processes make the run of one, to the bit where sums are of two; one continues what two began; hosts
 that differ are named; a run that was killed, or told to stop, ends as the one that was not."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import fault_campaign
 import jax
 import numpy as np
 import pytest
+import toy
 import toy_run
 
 from rpt_jax import agreement
-from rpt_jax.learning import run_folder
+from rpt_jax.corpus.positions import open_annotated
+from rpt_jax.learning import run_rows
+from rpt_jax.learning.policy_folder import save_policy
 from rpt_jax.mesh import make_mesh
 
 STEPS = 20
@@ -39,12 +45,35 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on(tmp_path):
     assert fault_campaign.rows(tmp_path / "two") == rows
     alone(tmp_path / "two", mesh=(1, 1, 1), steps=STEPS + 3)
     alone(tmp_path / "one", steps=STEPS + 3)
-    shown = (run_folder.read_rows(tmp_path / side / "rollouts.jsonl") for side in ("two", "one"))
+    shown = (run_rows.read_rows(tmp_path / side / "rollouts.jsonl") for side in ("two", "one"))
     texts = [[row | {"pieces": None} for row in rows] for rows in shown]  # log-probs are rounded otherwise
     assert texts[0] == texts[1] and texts[0][-1]["step"] == STEPS + 3
     for ours, theirs in zip(*(fault_campaign.rows(tmp_path / side) for side in ("two", "one")), strict=True):
         for name in ours.keys() & {"loss", "reward", "gradient_norm", "entropy", "mismatch_mean", "weight"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+
+
+def test_two_processes_annotate_as_one(tmp_path):
+    """By the command line, with parameters split over both, of which one writes."""
+    save_policy(tmp_path / "policy", toy.model(), toy.params(), toy.tokenizer(), {})
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in toy.TEXTS))
+    command = [Path(sys.executable).with_name("rpt"), "annotate", "--policy", tmp_path / "policy"]
+    command += ["--corpus.files", tmp_path / "texts.jsonl", "--positions.annotated"]
+    there = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.processes", 2, "--mesh.coordinator"]
+    there += [f"localhost:{toy_run.free_port()}", "--mesh.process"]
+    options = {"env": os.environ | toy_run.ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
+    running = [
+        subprocess.Popen([*map(str, [*command, tmp_path / folder, *where])], **options)
+        for folder, where in (("one", ()), ("two", [*there, 0]), ("two", [*there, 1]))
+    ]
+    said = toy_run.finish(running)
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    one, two = (open_annotated(tmp_path / folder, toy.tokenizer()) for folder in ("one", "two"))
+    assert one.header == two.header and len(one) == len(two) == len(toy.TEXTS)
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_array_equal(ours.tokens_T, theirs.tokens_T)
+        np.testing.assert_array_equal(ours.argmaxes_T, theirs.argmaxes_T)
+        np.testing.assert_allclose(ours.entropies_T, theirs.entropies_T, rtol=1e-5)
 
 
 def test_hosts_that_differ_are_named(tmp_path):

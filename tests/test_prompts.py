@@ -12,7 +12,7 @@ from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import assemble, parse_answer, parse_answers
 from rpt_jax.corpus.surroundings import continuation
-from rpt_jax.corpus.templates import CHATS, TEMPLATES, load_template
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import load_tokenizer
 from rpt_jax.records import InputError
 
@@ -142,33 +142,6 @@ def test_truth_and_boundaries_by_hand(pieces, width, text, boundaries):
     assert np.flatnonzero(boundaries_X).tolist() == boundaries
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_open_the_thought_and_frame_the_context(name):
-    template = load_template(name)
-    assert template.thinking_opened and template.after.endswith("<think>" if name == "bare" else "<think>\n")
-    text = template.before + template.after
-    if name == "bare":
-        assert text == "<predict><think>"
-        return
-    if name == "question":  # asks for an answer, not for a token
-        assert "step by step" in text and text.count("\\boxed{") == 1 and "token" not in text
-        return
-    assert text.count("\\boxed{") >= 2 and "\\text{}" in text and "space" in text
-    assert (template.before.endswith("```\n") or template.before.endswith("```text\n")) == (
-        name in ("v1", "v2", "v5", "v6")
-    )
-
-
-def test_templates_differ_as_the_paper_says():
-    text = {name: template.before + "CONTEXT" + template.after for name, template in TEMPLATES.items()}
-    assert "### Context\n" in text["v0"] and "step by step" in text["v0"]
-    assert text["v2"].endswith(text["v1"]) and text["v2"].startswith("You are")  # v1 and a role
-    assert all("several different tokens" in text[name] for name in ("v3", "v6"))
-    assert "\\boxed{.\n}" in text["v4"] and text["v4"].count("Next token:") == 3
-    assert text["v6"].endswith("CONTEXT\n```\n<think>\n")  # the context comes last
-    assert len(set(text.values())) == len(TEMPLATES) == 9
-
-
 def test_chat_markers_go_around_everything_but_the_thought():
     template = load_template("v6", chat="chatml")
     assert template.before.startswith("<|im_start|>user\nPredict")
@@ -176,34 +149,9 @@ def test_chat_markers_go_around_everything_but_the_thought():
     assert 258 in prompts_of(PromptConfig(max_tokens=2048), template=template).tokens_NT[0]
     with pytest.raises(InputError, match="no token '<｜begin▁of▁sentence｜>'.*prompt.chat"):
         prompts_of(PromptConfig(max_tokens=2048), template=load_template("v6", chat="r1"))
-    with pytest.raises(InputError, match="prompt.chat='llama' is none of none, r1, chatml"):
-        load_template("v6", chat="llama")
-    assert set(CHATS) == {"none", "r1", "chatml"}
 
 
-def test_a_users_template_is_taken_literally(tmp_path):
-    path = tmp_path / "mine.txt"
-    path.write_bytes("É {0} %s {{x}} {context}\r\n{__class__}<think>\n".encode())
-    template = load_template(str(path), chat="chatml")
-    assert template.head == "É {0} %s {{x}} " and template.tail == "\r\n{__class__}" and template.thought == "<think>\n"
-    assert template.after.endswith("{__class__}<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    path.write_text("{context}\n<think> first\n")
-    assert load_template(str(path)).after == "\n<think> first\n" and not load_template(str(path)).thinking_opened
-
-
-@pytest.mark.parametrize(
-    "content, complaint",
-    [(b"no marker", "has 0 markers"), (b"{context} {context}", "has 2 markers"), (b"\xff{context}", "not UTF-8")],
-)
-def test_template_files_that_cannot_be_used(tmp_path, content, complaint):
-    (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(InputError, match=f"bad.txt.*{complaint}"):
-        load_template(str(tmp_path / "bad.txt"))
-
-
-def test_unknown_template_and_silent_thought_end():
-    with pytest.raises(InputError, match="'v9' is no file and none of v0, .* bare"):
-        load_template("v9")
+def test_a_silent_thought_end():
     silent = byte_tokenizer(pieces=MARKUP, bytes_of_pieces=b"")
     with pytest.raises(InputError, match="</think> for a control token"):
         assemble(silent, load_template("bare"), PromptConfig(), DOCUMENTS, POSITIONS)

@@ -4,6 +4,7 @@ interruptions and devices change none; long documents keep half a window of cont
 import dataclasses
 import functools
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from rpt_jax.config import CorpusConfig, MeshConfig, ModelConfig, PositionConfig
 from rpt_jax.corpus.documents import open_corpus
 from rpt_jax.corpus.positions import open_annotated, written_parts
-from rpt_jax.mesh import make_mesh, place, replicated
+from rpt_jax.mesh import make_mesh, param_shardings, place, replicated
 from rpt_jax.policy import decoder, proxy
 from rpt_jax.records import InputError
 
@@ -30,7 +31,7 @@ BANNED = (3, 11)
 @functools.cache
 def policy():
     """Random parameters; drawn by numpy, as compiling decoder.init would take longer than most tests here."""
-    shapes = jax.eval_shape(functools.partial(decoder.init, MODEL), jax.random.key(0))
+    shapes = decoder.shapes(MODEL)
     random = np.random.default_rng(5)
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.5, leaf.shape), leaf.dtype), shapes)
 
@@ -157,10 +158,13 @@ def test_batches_change_nothing(tmp_path, reference, options):
     assert_same(annotate(tmp_path, **options), reference, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mesh_changes_nothing(tmp_path, reference):
-    """Eight devices, rows over data and fsdp, against one."""
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    got = annotate(tmp_path, params=place(policy(), replicated(mesh)), mesh=mesh)
+@pytest.mark.parametrize("shape", [(4, 2, 1), (1, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_mesh_changes_nothing(tmp_path, reference, shape, spread):
+    """Rows over data and fsdp, parameters whole or spread as those of a policy that is read, against one device."""
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+    shardings = param_shardings(mesh, decoder.logical_axes(MODEL), policy()) if spread else replicated(mesh)
+    got = annotate(tmp_path, params=place(policy(), shardings), mesh=mesh)
     assert_same(got, reference, rtol=1e-4, atol=1e-5)
 
 
@@ -187,7 +191,7 @@ def test_continues_where_it_was_interrupted(tmp_path, reference):
     done = []
     again = annotate(tmp_path, documents=Watched(DOCUMENTS), progress=lambda *d: done.append(d))
     assert (tmp_path / "part-00000.arrayrecord").stat().st_mtime_ns == before
-    assert read == [2, 3, 4, 5, 6, 7]  # 2: compared with what is there
+    assert read == [0, 1, 2, 3, 4, 5, 6, 7]  # the first three: compared with what is there
     assert_same(again, reference, rtol=0, atol=0)
     assert done == sorted(done) and done[0] == (3, 8) and done[-1] == (8, 8)
     assert written_parts(tmp_path) == [0, 1, 2]
@@ -196,6 +200,9 @@ def test_continues_where_it_was_interrupted(tmp_path, reference):
 def test_other_proxies_settings_and_documents_do_not_mix(tmp_path):
     annotate(tmp_path)
     other = policy() | {"head": policy()["head"].at[0, 0].add(1e-6)}
+    number, name, tokens_T = DOCUMENTS[0]
+    edited = [(number, name, np.roll(tokens_T, 1)), *DOCUMENTS[1:]]
+    assert not np.array_equal(tokens_T, np.roll(tokens_T, 1))
     shorter = [DOCUMENTS[0], DOCUMENTS[1], (14, "a:2", DOCUMENTS[2][2][:-1]), *DOCUMENTS[3:]]
     for options, message in (
         ({"params": other}, "begun with parameters="),
@@ -203,6 +210,7 @@ def test_other_proxies_settings_and_documents_do_not_mix(tmp_path):
         ({"banned_ids": (3,)}, "begun with banned_ids="),
         ({"config": dataclasses.replace(CONFIG, window=30)}, "begun with window=14"),
         ({"documents": DOCUMENTS[:-1]}, "begun with documents=8"),
+        ({"documents": edited}, "part 0 was made from other documents"),
         ({"documents": shorter}, "part 0 was made from other documents"),
     ):
         with pytest.raises(InputError, match=message):

@@ -24,7 +24,7 @@ from rpt_jax.config import (
     SampleConfig,
 )
 from rpt_jax.corpus.questions import Question, make_questions
-from rpt_jax.learning import run_folder, train
+from rpt_jax.learning import run_rows, train
 from rpt_jax.learning.judge import CRASHED, RIGHT, TIMED_OUT, WRONG
 from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.records import InputError
@@ -83,6 +83,12 @@ def test_a_run_pays_what_the_judge_says():
 
 
 @needs_library
+def test_too_few_questions_are_said_to_be_questions(tmp_path):
+    with pytest.raises(InputError, match="19 questions are fewer than batch_size=20 .*: lower it, or give more"):
+        run(settings(tmp_path, batch_size=20))
+
+
+@needs_library
 def test_a_continued_run_is_the_run_that_was_not_broken_off(tmp_path):
     """And the queue of dynamic sampling was not empty where it continued."""
     folder, state = finished()
@@ -113,7 +119,7 @@ def test_commands_train_and_evaluate_on_files(tmp_path):
         checkpoint=CheckpointConfig(every=1),
     )
     results = commands.run_train(config)
-    before, after = (row["questions"] for row in run_folder.read_rows(tmp_path / "run" / "evaluations.jsonl"))
+    before, after = (row["questions"] for row in run_rows.read_rows(tmp_path / "run" / "evaluations.jsonl"))
     assert before["positions"] == after["positions"] == 3
     assert 0 < before["reasoning"] < before["pass_at_k"] <= 1 and before["reasoning"] <= before["format_rate"] <= 1
     assert before["judge_timeouts"] == 0 and 0 <= before["greedy"] <= before["greedy_format_rate"] <= 1

@@ -94,7 +94,7 @@ BAD = [
     ({"problem": "x?", "answer": True}, "a.jsonl:2: field 'answer' is bool"),
     ({"problem": " ", "answer": "1"}, "a.jsonl:2: nothing but white space in field 'problem'"),
     ({"problem": "x?", "answer": "1" * 17}, "a.jsonl:2: its answer has 17 bytes, prompt.truth_bytes=16"),
-    ({"problem": "x?", "answer": "1\0"}, "a.jsonl:2: its answer has 2 bytes"),
+    ({"problem": "x?", "answer": "1\0"}, "a.jsonl:2: character 2 of its answer is U+0000"),
     ({"problem": "x" * 300, "answer": "1"}, "a.jsonl:2: it has 300 tokens, and prompt.max_tokens leaves room for "),
     ({"problem": "\ud800", "answer": "1"}, "a.jsonl:2: wrong UTF-8"),
     (["x?", "1"], "a.jsonl:2: expected a JSON object"),
@@ -108,6 +108,18 @@ def test_a_bad_question_is_named_or_skipped(tmp_path, tokenizer, record, message
         open_questions(QuestionConfig(files), PROMPT, tokenizer, 0)
     opened = open_questions(QuestionConfig(files, on_bad_record="skip"), PROMPT, tokenizer, 0)
     assert opened.answers == ("1", "2") and len(opened.skipped) == 1 and message in opened.skipped[0]
+
+
+def test_files_without_a_good_question(tmp_path, tokenizer):
+    """What is counted and shown is of these files alone."""
+    exam = write(tmp_path / "exam.jsonl", {"problem": "y?", "answer": None}, {"problem": "y?", "answer": "1"})
+    bad = write(tmp_path / "bad.jsonl", {"problem": "x?", "answer": None})
+    empty = write(tmp_path / "empty.jsonl")
+    config = QuestionConfig(bad, evaluate_files=exam, on_bad_record="skip")
+    with pytest.raises(InputError, match="questions.files: .*bad.jsonl, 1 were skipped, the first is .*bad.jsonl:1: "):
+        open_questions(config, PROMPT, tokenizer, 0)
+    with pytest.raises(InputError, match="questions.files: .*empty.jsonl, 0 were skipped; name files with records"):
+        open_questions(dataclasses.replace(config, files=empty), PROMPT, tokenizer, 0)
 
 
 def test_settings_that_clash_are_named(tmp_path, tokenizer):
@@ -131,6 +143,9 @@ def test_a_run_learns_from_what_its_config_names(tmp_path):
     config = toy.config(tmp_path / "run", questions=QuestionConfig(files))
     found, positions = questions.to_learn_from(config, toy.tokenizer())
     assert found.answers == ("1", "{4}") and positions is found.train
+    same = toy.config(tmp_path / "run", questions=QuestionConfig(files, evaluate_files=files))
+    with pytest.raises(InputError, match="all of questions.files are among the 2 questions of"):
+        questions.to_learn_from(same, toy.tokenizer())
     folder = toy.annotate(tmp_path / "annotated")
     text = PositionConfig(annotated=str(folder), threshold=1.0)
     found, positions = questions.to_learn_from(toy.config(tmp_path / "run", positions=text), toy.tokenizer())

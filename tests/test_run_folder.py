@@ -13,7 +13,7 @@ import toy
 from tensorboardX.proto.event_pb2 import Event
 
 from rpt_jax.config import CorpusConfig, MeshConfig, UpdateConfig
-from rpt_jax.learning import run_folder, tensorboard
+from rpt_jax.learning import run_folder, run_rows, tensorboard
 from rpt_jax.records import InputError
 
 IDENTITY = {"starting_policy": "00ff00ff", "template": ["<predict>", "<think>"]}
@@ -41,7 +41,7 @@ def write(config, steps, start=None):
 
 
 def steps_in(config, name):
-    return [line["step"] for line in run_folder.read_rows(f"{config.run_folder}/{name}")]
+    return [line["step"] for line in run_rows.read_rows(f"{config.run_folder}/{name}")]
 
 
 def test_config_comes_first_and_tells_how_to_repeat_the_run(config, tmp_path):
@@ -61,8 +61,8 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 def test_rows_come_back_and_results_sum_up(config, tmp_path):
     results = write(config, [1, 2, 3])
-    assert run_folder.read_rows(tmp_path / "run" / "metrics.jsonl") == [row(1), row(2), row(3)]
-    assert [line["thought"] for line in run_folder.read_rows(tmp_path / "run" / "rollouts.jsonl")] == [
+    assert run_rows.read_rows(tmp_path / "run" / "metrics.jsonl") == [row(1), row(2), row(3)]
+    assert [line["thought"] for line in run_rows.read_rows(tmp_path / "run" / "rollouts.jsonl")] == [
         "zwei\u2028 é \ufffd"
     ] * 6
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
@@ -117,8 +117,10 @@ def test_other_inputs_in_the_folder_are_named(config):
 
 def test_what_changes_no_update_may_change(config):
     write(config, [1, 2])
-    update = dataclasses.replace(config.update, microbatches=2, token_chunk=7)
-    other = dataclasses.replace(config, name="b", mesh=MeshConfig(2), rollouts_logged=0, update=update, steps=99)
+    update = dataclasses.replace(config.update, microbatches=2, token_chunk=7, check_shared_prefix="never")
+    sample = dataclasses.replace(config.sample, slots=8)
+    other = dataclasses.replace(config, name="b", mesh=MeshConfig(2), rollouts_logged=0, profile=True, steps=99)
+    other = dataclasses.replace(other, update=update, sample=sample)
     run_folder.require_same_run(other, IDENTITY, 2)
     with pytest.raises(InputError, match="has made 2 updates already, steps=1"):
         run_folder.require_same_run(dataclasses.replace(config, steps=1), IDENTITY, 2)

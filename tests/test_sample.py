@@ -163,7 +163,7 @@ def test_a_run_of_another_slice_is_asked_on_the_devices_here(tmp_path, caplog, p
         (b"", (), "no text to think about"),
         (b"\n", (), "no text to think about"),
         ("aä".encode(), (), "the tokenizer cannot represent 'ä'"),
-        (b"a\xff", (), "the text is not UTF-8 (byte 1)"),
+        (b"a\xff", (), "the text is not UTF-8 (byte 2)"),
         (b"a", ("--samples", "0"), "samples=0: use 1 or more"),
         (b"a", ("--sample.temperature", "0"), "makes all 4 samples equal"),
         (b"a", ("--prompt.template", "none"), "prompt.template='none'"),

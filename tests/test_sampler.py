@@ -26,7 +26,7 @@ END_IDS = (5, 8)
 def policy(model: ModelConfig = MODEL):
     """Parameters whose distributions are neither uniform nor certain."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(decoder.init, model), jax.random.key(0))
+    shapes = decoder.shapes(model)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + ("scale" in str(path[-1])), params)
 
@@ -140,7 +140,8 @@ def test_a_mesh_of_8_devices_gives_the_rollouts_of_one():
     """Parameters split over fsdp and tensor, whose two devices each cache the one kv head; prompts over data, fsdp."""
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = meshes.param_shardings(mesh, decoder.logical_axes(MODEL), policy())
-    assert_same(sample(meshes.to_global(prompts(), mesh), params=meshes.place(policy(), shardings)), rollouts())
+    spread = meshes.place(prompts(), meshes.batch_sharding(mesh))
+    assert_same(sample(spread, params=meshes.place(policy(), shardings)), rollouts())
 
 
 def test_members_positions_and_steps_differ():

@@ -150,6 +150,11 @@ def test_prompts_are_dealt_evenly_and_documents_stay_together():
     np.testing.assert_array_equal(np.sort(stream.deal(loads_N, np.zeros(8), 4).ravel()), np.arange(8))
 
 
+def test_what_is_picked_past_the_end_is_nothing():
+    got = stream.pick(jnp.array([[10, 11, 12], [20, 21, 22]]), jnp.array([[2, 0], [1, 3]]), -1)
+    np.testing.assert_array_equal(got, [[12, 10], [21, -1]])
+
+
 def test_padded_lengths_are_few_and_near():
     lengths = [stream.padded_length(n) for n in range(1, 4097)]
     assert all(n <= length <= max(16, 1.5 * n) for n, length in enumerate(lengths, start=1))

@@ -277,7 +277,8 @@ def test_a_damaged_result_is_named(experiment, settings, content):
     place = Path(settings["folder"]) / "cells" / f"{NAMES[0]}.json"
     place.parent.mkdir(parents=True)
     place.write_bytes(content)
-    with pytest.raises(InputError, match=f"{NAMES[0]}.json is no (JSON|result).*delete it to run {NAMES[0]} again"):
+    message = f"{NAMES[0]}.json(: expected| is no (JSON|result)).*delete it to run {NAMES[0]} again"
+    with pytest.raises(InputError, match=message):
         sweep.sweep(str(experiment), SweepSettings(**settings))
 
 

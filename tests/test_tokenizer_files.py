@@ -157,7 +157,7 @@ def test_missing_or_foreign_files(tmp_path):
         with pytest.raises(InputError, match=r"x\.model: not a SentencePiece model"):
             load_tokenizer(write(tmp_path, "x.model", content))
     for content, found in [
-        ("{", r"x\.json: not valid JSON"),
+        ("{", r"x\.json is no JSON"),
         ("[]", r"x\.json: expected a JSON object, found list"),
         ("{}", r"x\.json: not a tokenizer\.json"),
         (byte_level_description(merges=["a b c d"]), r"x\.json: `tokenizers` cannot read it"),
@@ -221,8 +221,8 @@ def with_ids(*added):
         (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": ["ByteLevel"]}), "its pre_tokenizer is no step"),
         (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": 7}), "its pre_tokenizer is no step"),
         (changed(normalizer=[{"type": "NFC"}]), "its normalizer is no step"),
-        (changed(added_tokens=[{"id": 256, "content": "\ud83d"}]), "not valid JSON: .*surrogates"),
-        ('{"model": ' + "[" * 100_000, "not valid JSON: brackets nest deeper"),
+        (changed(added_tokens=[{"id": 256, "content": "\ud83d"}]), "is no JSON .*surrogates"),
+        ('{"model": ' + "[" * 100_000, "is no JSON .brackets nest deeper"),
     ],
 )
 def test_descriptions_that_lie(tmp_path, description, found):

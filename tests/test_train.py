@@ -1,6 +1,6 @@
 """Claims: the loop learns; a run that was broken off and continued is the run that was not, to the bit; several devices
-give what one gives; signals and figures that are not finite leave a whole checkpoint; bad input stops before anything
-is written."""
+give what one gives; signals and figures that are not finite leave a whole checkpoint. What it spends:
+test_train_budget.py; bad input: test_train_refusals.py."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,12 +20,9 @@ import toy
 from toy import Stop, rows_of, stop_at
 
 from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
-from rpt_jax.corpus.templates import Template
 from rpt_jax.learning import checkpoints, collect, policy_folder, run_folder, run_rows, train
-from rpt_jax.learning.inputs import with_numerics
 from rpt_jax.learning.update import init_state, make_optimizer
 from rpt_jax.mesh import AXES, make_mesh
-from rpt_jax.policy import flops
 from rpt_jax.records import InputError
 
 STEPS = 24  # the same in all runs, so that they share what is compiled
@@ -158,15 +156,6 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
     assert (folder / "results.json").is_file()
 
 
-def test_flops_are_those_of_all_rounds_and_of_the_batch():
-    """By hand for a step of two rounds: every prompt has 4 tokens."""
-    row = next(row for row in rows_of(finished()[0]) if row["rounds"] == 2)
-    model, tokens = toy.model(), row["response_tokens"]
-    assert (row["sampled_prompts"], row["sampled_rollouts"], row["sampled_prompt_tokens"]) == (16, 128, 64)
-    assert row["flops_sample"] == flops.sampling(model, 16, 64, 128, row["sampled_tokens"])
-    assert row["flops_update"] == flops.update(model, 8, 32, 64, tokens) and tokens < row["sampled_tokens"]
-
-
 def test_a_run_says_where_its_time_goes(tmp_path, caplog):
     """A trace of the second update with the host at work, phases in every row, and one check of the shared way."""
     caplog.set_level("INFO", "rpt_jax.learning.batch")
@@ -175,7 +164,7 @@ def test_a_run_says_where_its_time_goes(tmp_path, caplog):
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     lines = [line for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines]
     assert {"reward", "host"} <= {event.name for line in lines for event in line.events}
-    rows = run_folder.read_rows(tmp_path / "metrics.jsonl")
+    rows = run_rows.read_rows(tmp_path / "metrics.jsonl")
     for row in rows:
         assert min(row[f"seconds_{phase}"] for phase in ("sample", "reward", "update")) > 0
         assert 0 < row["live_slot_share"] <= 1 < row["sharing_ratio"]
@@ -299,92 +288,6 @@ def test_kl_is_to_the_starting_policy(tmp_path, monkeypatch):
     assert np.abs(np.asarray(second_NGR) - second.logprobs_NGR).max() > 0.01
 
 
-BAD = [
-    ({"batch_size": 9}, {"mesh": (8, 1, 1)}, "batch of 9 prompts does not divide over data=8 devices: use 8 or 16"),
-    ({"batch_size": 16}, {}, "8 positions are fewer than batch_size=16"),
-    ({"sample": SampleConfig(group_size=1)}, {}, "sample.group_size=1"),
-    ({"sample": SampleConfig(temperature=0)}, {}, "sample.temperature=0"),
-    ({"sample": SampleConfig(end_tokens=("<eot>",))}, {}, "no token '<eot>'"),
-    ({"checkpoint": CheckpointConfig(every=0)}, {}, "checkpoint.every=0"),
-    ({"steps": 0}, {}, "steps=0"),
-    ({}, {"template": Template("mine", head="Weiter: ")}, "cannot represent 'W'"),
-    ({"prompt": dataclasses.replace(toy.config("x").prompt, max_tokens=2)}, {}, "prompt.max_tokens=2"),
-]
-
-
-@pytest.mark.parametrize(("changes", "options", "message"), BAD)
-def test_bad_input_stops_before_anything_is_written(tmp_path, changes, options, message):
-    options = options | ({"mesh": mesh_of(*options["mesh"])} if "mesh" in options else {})
-    with pytest.raises(InputError, match=message):
-        run(settings(tmp_path / "run", **changes), **options)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
-    config = settings(tmp_path / "run")
-    config = dataclasses.replace(config, update=dataclasses.replace(config.update, microbatches=16))
-    with pytest.raises(
-        InputError, match="microbatches=16 on each of 8 devices, which together is 128: choose so that it divides 64"
-    ):
-        run(config, mesh_of(8, 1, 1))
-
-
-def test_numerics_are_the_runs_and_the_shape_is_the_policys():
-    model = toy.model()
-    asked = dataclasses.replace(train.ModelConfig(), dtype="bfloat16", remat="layer")
-    assert with_numerics(asked, model) == dataclasses.replace(model, dtype="bfloat16", remat="layer")
-    assert with_numerics(model, model) == model
-    with pytest.raises(InputError, match="model.width=48, but the policy has 32"):
-        with_numerics(dataclasses.replace(asked, width=48), model)
-
-
-@functools.cache
-def budgeted():
-    """(run folder, last state) of a run that ends by its FLOPs: in the middle of the eleventh update of `finished`."""
-    spent = np.cumsum([row["flops_sample"] + row["flops_update"] for row in rows_of(finished()[0])])
-    folder = Path(tempfile.mkdtemp()) / "run"
-    return folder, run(settings(folder, flops=float(spent[9] + spent[10]) / 2))
-
-
-def test_a_run_ends_with_the_update_that_reaches_its_flops():
-    """It is the run of `steps` up to there, its last checkpoint and evaluation included."""
-    (folder, state), (whole, _) = budgeted(), finished()
-    assert int(state.step) == 11
-    assert rows_of(folder) == rows_of(whole)[:11] and rows_of(folder, "evaluations.jsonl")[-1]["step"] == 11
-    assert rows_of(folder, "evaluations.jsonl")[-1]["weight"] == evaluate(state.params, 11)["weight"]
-    assert checkpoints.newest_step(folder / "checkpoints") == 11
-    assert json.loads((folder / "results.json").read_text())["steps"] == 11
-    spent = 0.0
-    for row in rows_of(folder):
-        spent += row["flops_sample"] + row["flops_update"]
-        assert row["flops_spent"] == spent
-    assert spent - row["flops_sample"] - row["flops_update"] < run_folder.read_config(folder).flops <= spent
-
-
-def test_a_run_that_continues_remembers_what_it_has_spent(tmp_path):
-    folder, state = budgeted()
-    config = settings(tmp_path, flops=run_folder.read_config(folder).flops)
-    with pytest.raises(Stop):
-        run(config, report=stop_at(10))
-    assert checkpoints.newest_step(tmp_path / "checkpoints") == 8
-    assert_same_state(run(config), state)
-    assert_same_run(tmp_path, folder)
-    with pytest.raises(InputError, match="holds a run with flops="):
-        run(settings(tmp_path, flops=2 * config.flops))
-
-
-def test_what_was_spent_before_checkpoints_said_so_is_in_the_rows():
-    rows = rows_of(finished()[0])
-    assert run_rows.flops_spent(finished()[0], 7) == pytest.approx(rows[6]["flops_spent"], rel=1e-12)
-    assert run_rows.flops_spent(Path("nowhere"), 7) == 0
-
-
-def test_a_budget_is_a_number():
-    for wrong in (-1.0, float("nan")):
-        with pytest.raises(InputError, match=f"flops={wrong}: use a number of FLOPs"):
-            settings("x", flops=wrong).check()
-
-
 @pytest.mark.parametrize("host", [{}, {"stream": None, "queue": 7}, {"queue": [[1, 2]], "flops": "x"}])
 def test_a_checkpoint_that_does_not_say_where_the_run_stood(tmp_path, host):
     class Stream:
@@ -397,3 +300,11 @@ def test_a_checkpoint_that_does_not_say_where_the_run_stood(tmp_path, host):
         InputError, match="checkpoint .*/3 does not say where the run stood .*: start the run anew|damaged"
     ):
         train._continued(Stream(), host, settings(tmp_path), 3)
+
+
+def test_a_row_that_does_not_say_what_was_spent_is_named_with_its_own_remedy(tmp_path):
+    """For checkpoints that leave it to the rows: they are whole, so nothing is to be started anew."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    stream = SimpleNamespace(set_state=lambda state: None)
+    with pytest.raises(InputError, match="^[^:]*metrics.jsonl: a row does not say .*: mend or delete it$"):
+        train._continued(stream, {"stream": {}, "queue": []}, settings(tmp_path), 3)

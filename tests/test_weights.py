@@ -64,10 +64,6 @@ def write(folder, model, tensors):
     return folder
 
 
-def decoder_shapes(model):
-    return jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
-
-
 def bits(array) -> bytes:
     return str(array.dtype).encode() + str(array.shape).encode() + np.asarray(array).tobytes()
 
@@ -149,7 +145,7 @@ def test_round_trip_is_bitwise(family, dtype, tmp_path):
     model = dataclasses.replace(MODELS[family], param_dtype=dtype)
     tensors = published(model, dtype)
     params = weights.load_weights(write(tmp_path / "a", model, tensors), model)
-    shapes = decoder_shapes(model)
+    shapes = decoder.shapes(model)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
@@ -214,7 +210,7 @@ def test_host_memory_holds_one_tensor_beside_the_parameters(sharded, tmp_path, m
     """
     model = dataclasses.replace(LLAMA, width=512, layers=6, hidden=2048, vocab_size=512, tied_head=True)
     folder = write(tmp_path, model, published(model))
-    shapes = decoder_shapes(model)
+    shapes = decoder.shapes(model)
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = meshes.param_shardings(mesh, decoder.logical_axes(model), shapes) if sharded else None
     weights.load_weights(folder, model, shardings)  # compiles
@@ -305,64 +301,3 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(InputError, match="neither"):
         weights.save_weights(tmp_path / "new", dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True), {})
     assert not (tmp_path / "new").exists()
-
-
-def header_of(tensors: dict, more: bytes = b"") -> bytes:
-    """A .safetensors file of a header that says whatever it likes, and some bytes."""
-    header = json.dumps(tensors).encode()
-    return len(header).to_bytes(8, "little") + header + more
-
-
-ONCE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-LYING = {
-    "longer than the file": (2**62).to_bytes(8, "little") + b"{}",
-    "no JSON": (4).to_bytes(8, "little") + b"{{{{",
-    "nested": (200_000).to_bytes(8, "little") + b"[" * 200_000,
-    "no UTF-8": (2).to_bytes(8, "little") + b"\xff\xff",
-    "list": (2).to_bytes(8, "little") + b"[]",
-    "offsets behind the end": header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(4)),
-    "offsets backwards": header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, bytes(4)),
-    "negative": header_of({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, bytes(4)),
-    "huge shape": header_of({"a": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 4]}}, bytes(4)),
-    "unknown dtype": header_of({"a": {"dtype": "F77", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
-    "overlap": header_of({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}, bytes(4)),
-    "twice": (2 * len(ONCE) + 1).to_bytes(8, "little") + ONCE[:-1] + b"," + ONCE[1:] + b" " * 2 + bytes(4),
-    "empty": b"",
-}
-
-
-@pytest.mark.parametrize("name", LYING)
-def test_headers_that_lie(name, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(LYING[name])
-    with pytest.raises(InputError, match="not a whole .safetensors file|tensors of the model are missing|asks for"):
-        weights.load_weights(tmp_path, LLAMA)
-
-
-@pytest.mark.parametrize(
-    ("embedding", "head"),
-    [((12,), (12, 8)), ((12, 8, 1), (12, 8)), ((12, 0), (12, 8)), ((12, 8), ()), ((12, 8), (12, 8, 8))],
-)
-def test_tied_heads_of_other_shapes(embedding, head, tmp_path):
-    tensors = published(MODELS["qwen2"]) | {"model.embed_tokens.weight": np.zeros(embedding, np.float32)}
-    folder = write(tmp_path, MODELS["qwen2"], tensors | {"lm_head.weight": np.zeros(head, np.float32)})
-    with pytest.raises(InputError, match="model.embed_tokens.weight is F32|lm_head.weight is not the embedding"):
-        weights.load_weights(folder, MODELS["qwen2"])
-
-
-@pytest.mark.parametrize("change", [{"layers": 2**14}, {"hidden": 2**24}, {"vocab_size": 2**24}])
-def test_a_config_that_asks_for_more_than_there_is(change, tmp_path):
-    """Before shapes and names of such a model are made, which alone would take gigabytes."""
-    folder = write(tmp_path, LLAMA, published(LLAMA))
-    with pytest.raises(InputError, match=r"config.json asks for \d+ layers and a matrix of \d+ numbers, but there are"):
-        weights.load_weights(folder, dataclasses.replace(LLAMA, **change))
-
-
-@pytest.mark.parametrize(
-    "places",
-    [[], 7, {"a": 7}, {"a": ["b"]}, {"a": "../b.safetensors"}, {"a": "/etc/passwd"}, {"a": ""}, {"a": "x" * 5000}],
-)
-def test_indexes_name_files_beside_them(places, tmp_path):
-    write(tmp_path, LLAMA, published(LLAMA))
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(InputError, match="no weight_map of tensors to files beside it"):
-        weights.load_weights(tmp_path, LLAMA)

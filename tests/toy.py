@@ -23,7 +23,7 @@ from rpt_jax.corpus import positions
 from rpt_jax.corpus.positions import Annotated, Positions
 from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from rpt_jax.learning import checkpoints, run_folder
+from rpt_jax.learning import checkpoints, run_folder, run_rows
 from rpt_jax.policy import decoder, scorer
 
 LETTERS = "abcdefgh"
@@ -54,16 +54,19 @@ def model(**options) -> ModelConfig:
     return ModelConfig(vocab_size=32, **shape | options)  # 32: eight rows of padding, divides over devices
 
 
+def noise(model: ModelConfig, scale: float, rng: np.random.Generator):
+    """Parameters drawn by numpy, which compiles nothing; norms are 1."""
+    tree = jax.tree.map(lambda x: (scale * rng.standard_normal(x.shape)).astype(np.float32), decoder.shapes(model))
+    return jax.tree.map_with_path(lambda path, x: np.ones_like(x) if path[-1].key == "scale" else x, tree)
+
+
 @functools.cache
 def params():
     """Made by hand, which compiles nothing: <think> </think> \\boxed{ digit } end, the digit at random.
 
     The embedding is the identity and the head a table of what follows each token; the layers add little noise.
     """
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(decoder.init, model()), jax.random.key(0))
-    tree = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
-    tree = jax.tree.map_with_path(lambda path, x: np.ones_like(x) if path[-1].key == "scale" else x, tree)
+    tree = noise(model(), 0.1, np.random.default_rng(0))
     id_of, end = tokenizer().id_of, tokenizer().end_of_text
     follows_VV = np.zeros((32, 32), np.float32)
     digits = [id_of(str(digit)) for digit in range(5)]
@@ -73,6 +76,28 @@ def params():
     follows_VV[digits, id_of("}")] = 1
     follows_VV[id_of("}"), end] = 1
     return tree | {"embedding": np.eye(32, dtype=np.float32), "head": 2 * follows_VV}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _logits(params, model, tokens_1T, length):
+    positions_1T = decoder.positions_from_lengths(length[None], tokens_1T.shape[1])
+    hidden_1TD, _ = decoder.forward(params, model, tokens_1T, positions_1T)
+    return decoder.logits(params, model, hidden_1TD)[0]
+
+
+def plain_logits(params, model: ModelConfig, tokens, width: int = 48) -> np.ndarray:
+    """All logits [T, V] of one sequence by itself, in float64; padded to `width`, so that lengths share a program."""
+    tokens_1T = np.pad(np.array([tokens], np.int32), ((0, 0), (0, width - len(tokens))))
+    logits_TV = _logits(params, model, tokens_1T, np.int32(len(tokens)))
+    return np.asarray(logits_TV, np.float64)[: len(tokens)]
+
+
+def plain_logprob(params, model: ModelConfig, tokens, count: int, width: int = 48) -> tuple[float, bool]:
+    """(log p of the last `count` tokens by a softmax in float64, whether each is the arg-max)."""
+    rows_RV, last_R = plain_logits(params, model, tokens, width)[-count - 1 : -1], tokens[-count:]
+    rows_RV = rows_RV - rows_RV.max(axis=1, keepdims=True)
+    logprobs_RV = rows_RV - np.log(np.exp(rows_RV).sum(axis=1, keepdims=True))
+    return logprobs_RV[np.arange(count), last_R].sum(), bool((rows_RV.argmax(axis=1) == last_R).all())
 
 
 def annotate(folder: Path, texts=TEXTS) -> Path:
@@ -150,7 +175,7 @@ def assert_continues(run, settings, whole, folder, stopped: int, saved: int, str
 
 def rows_of(folder, name="metrics.jsonl") -> list[dict]:
     """Rows of a run without what differs from one run to its like: times, and programs compiled."""
-    rows = run_folder.read_rows(Path(folder) / name)
+    rows = run_rows.read_rows(Path(folder) / name)
     return [{k: v for k, v in row.items() if not k.startswith("seconds") and not k.endswith(TIMES)} for row in rows]
 
 

@@ -29,6 +29,7 @@ from rpt_jax.mesh import make_mesh, start_distributed, to_host
 
 PHASES = ("SAMP", "UPDA", "SAVE", "EVAL")
 ELSE = "ELSE"
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # not the tests' 8 devices
 
 
 def settings(folder, steps=20, mesh=(2, 1, 2), **options) -> Config:
@@ -65,19 +66,21 @@ def flat(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def start(folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, steps=20, **options) -> list[subprocess.Popen]:
-    """Starts the processes of one run."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    shared = [f"--processes={processes}", f"--port={port}", f"--devices={devices}", f"--steps={steps}"]
+        return free.getsockname()[1]
+
+
+def start(folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, steps=20, **options) -> list[subprocess.Popen]:
+    """Starts the processes of one run."""
+    shared = [f"--processes={processes}", f"--port={free_port()}", f"--devices={devices}", f"--steps={steps}"]
     shared += ["--mesh", *map(str, mesh)]
     return [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), f"--process={process}", f"--seed={seeds[process] if seeds else 4}"]
             + shared,
-            env=environment,
+            env=os.environ | ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,
             **options,

@@ -44,6 +44,8 @@ def compare(peer: str, config: CompareBench) -> dict:
 
     `ratios` holds for each phase that both measured: `speed` = the peer's median seconds / ours, `memory` = our peak of
     host memory / the peer's, and for the rollout `tokens_per_s` = our median / the peer's.
+
+    Raises InputError for a script or interpreter that is not there, and for one of the two that could not be measured.
     """
     shared = ("phases", "repeats", "warmup", "cores", "devices", "microbatches", "remat", "seed")
     step = StepBench(workload=WORKLOADS[config.workload], **{name: getattr(config, name) for name in shared})

@@ -1,22 +1,23 @@
-"""What `rpt bench` measures: speed and memory as ratios within one run, and correctness beside them.
+"""`rpt bench kernel`: speed and memory of the grouped log-prob as ratios within one run, and correctness beside them.
 
-`rpt bench kernel`: the grouped log-prob on this machine's backend, or with --target as libtpu simulates it on a TPU.
+In: sizes. Out: figures on this machine's backend, or with --target those that libtpu simulates for a TPU (simulate.py).
 """
 
 import functools
 import importlib.util
 import json
 import logging
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.bench import simulate
+from rpt_jax.bench.step import run_for_json
 from rpt_jax.kernels.grouped_logprob import grouped_logprob, resolve
 from rpt_jax.records import InputError
 
@@ -31,7 +32,7 @@ class KernelBench:
     tokens: int = 2048
     width: int = 256  # D; the 14B policy of the paper has 5120
     vocabulary: int = 32768  # V; and 152064
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden states and head; with --target always bfloat16
     chunk: int = 512  # tokens of the chunked rival (256 with --target); the kernel chooses for itself
     repeats: int = 7  # of each, in turn; medians are reported
     seed: int = 0  # of the random hidden states, head and targets
@@ -39,7 +40,13 @@ class KernelBench:
 
 
 def bench_kernel(config: KernelBench) -> dict:
-    """{target, shape, forward, backward, baselines, max_relative_error}; see README for how to read it."""
+    """{target, implementation, shape, forward, backward, baselines, ...}: seconds here, or cycles on the target.
+
+    `share_of_peak` counts useful matmuls alone where it is measured: one forward and two backward. Simulated rows count
+    all that their program makes; the backward kernel, which computes logits again, three.
+
+    Raises InputError for sizes or a target that cannot be measured.
+    """
     return _simulated(config) if config.target else _measured(config)
 
 
@@ -205,8 +212,4 @@ def _simulated(config):
 def _simulate(chip, program, T, D, V):
     log.info("simulating %s on %s: %d tokens, D %d, V %d", program, chip, T, D, V)
     job = json.dumps([chip, program, T, D, V])
-    command = [sys.executable, "-m", "rpt_jax.bench.simulate", job]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"bench: {program} on {chip} could not be simulated:\n{done.stderr[-1500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_for_json([sys.executable, "-m", "rpt_jax.bench.simulate", job], f"{program} on {chip}")

@@ -1,8 +1,9 @@
 """Cycles of the kernel and its rivals on a TPU that is not there: libtpu compiles, schedules and counts.
 
-`python -m rpt_jax.bench.simulate JOB` prints {"cycles"} of one program as JSON; bench/kernel.py runs it as a process of
-its own, since libtpu reads its flags when it is loaded and a program that is too large can take all memory. The figure
-is that of the compiler's static profile: the scheduled instructions and a model of the memory, the same every time.
+`python -m rpt_jax.bench.simulate JOB` prints {"cycles", "blocks"} of one program as JSON; kernel.py runs it as a
+process of its own, since libtpu reads its flags when it is loaded and a program that is too large can take all memory.
+The figure is that of the compiler's static profile: the scheduled instructions and a model of the memory, the same
+every time.
 """
 
 import dataclasses

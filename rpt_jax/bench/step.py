@@ -114,7 +114,7 @@ def run_for_json(command: list[str], what: str, environment: dict[str, str] | No
 
 
 def measure_here(config: StepBench) -> dict:
-    """The same in this process, on the cores that it has."""
+    """What bench_step returns, measured in this process and on the cores that it has."""
     data, mesh = draw_data(config.workload), _mesh(config)
     params = place(draw_params(config.workload), replicated(mesh))
     phases = {"rollout": _rollout, "score": _score, "update": _update, "e2e": _whole_step}

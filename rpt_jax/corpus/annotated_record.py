@@ -37,16 +37,24 @@ def pack(document: Annotated) -> bytes:
 
 
 def unpack(record: bytes, where: str, vocab_size: int) -> Annotated:
-    """What was packed; raises InputError, which begins with `where`, for another record or tokens beyond vocab_size."""
+    """What was packed; raises InputError that begins with `where` for another record, or a number that cannot be.
+
+    Tokens are at least 0 and below vocab_size, the document's number fits into an int32.
+    """
     if len(record) < RECORD.size or record[:4] != MARK:
         raise InputError(f"{where} is no annotated document: delete the part and annotate again")
     _, document, count, name_bytes = RECORD.unpack_from(record)
-    if len(record) != RECORD.size + 12 * count + name_bytes:
-        raise InputError(f"{where} has {len(record)} bytes where {count} tokens need another number: annotate again")
+    size = RECORD.size + 12 * count + name_bytes
+    if len(record) != size:
+        raise InputError(f"{where} has {len(record)} bytes, its {count} tokens need {size}: annotate again")
     arrays = [
         np.frombuffer(record, kind, count, RECORD.size + 4 * count * i) for i, kind in enumerate(("<i4", "<f4", "<i4"))
     ]
-    if document >= 2**31 or (count and not 0 <= arrays[0].min() <= arrays[0].max() < vocab_size):
-        raise InputError(f"{where} has a document's number or a token that cannot be, of {vocab_size}: annotate again")
+    if document >= 2**31:
+        raise InputError(f"{where} is of document {document}, numbers end below {2**31}: annotate again")
+    tokens_T = arrays[0]
+    if count and not 0 <= tokens_T.min() <= tokens_T.max() < vocab_size:
+        found = f"{tokens_T.min()} to {tokens_T.max()}"
+        raise InputError(f"{where} has tokens from {found} in a vocabulary of {vocab_size}: annotate again")
     name = record[len(record) - name_bytes :].decode("utf-8", errors="replace")  # for messages
     return Annotated(document, name, *arrays)

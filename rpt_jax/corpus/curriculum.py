@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from rpt_jax.config import Config
-from rpt_jax.corpus.positions import Positions, position_stream
+from rpt_jax.corpus.positions import Positions, dealt_out, position_stream
 from rpt_jax.records import InputError
 
 ENDLESS = 2**62  # draws
@@ -58,6 +58,4 @@ def easy_to_hard(
         length = (stage + 1) * draws // stages - stage * draws // stages
         shuffled = grain.MapDataset.source(easiest).seed((seed + stage) % 2**32).shuffle().repeat()
         parts.append(shuffled[: length if stage + 1 < stages else ENDLESS])
-    order = grain.MapDataset.concatenate(parts)
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # rows are in memory
-    return order[process_index::process_count].to_iter_dataset(options)
+    return dealt_out(grain.MapDataset.concatenate(parts), process_index, process_count)

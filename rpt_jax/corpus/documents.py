@@ -1,8 +1,7 @@
-r"""Text files to documents, and documents to a stream of token ids.
+r"""Text files to documents, those that a tokenizer can use, and some of them held out.
 
 In: the files of text_files.py and a template such as "{problem}\n\n{solution}" that makes a document of a record's
-fields. Out: `Documents`, a random-access source, and `token_documents`, a Grain dataset that is shuffled by seed,
-resumable and split among processes.
+fields. Out: `Documents`, a random-access source, and `Corpus`, which of them are for training and which held out.
 
 Every record is read once at the start, so that a bad one stops the run before anything is compiled, or is skipped and
 counted. After that a document costs 36 bytes of index.
@@ -14,10 +13,8 @@ import logging
 import string
 from array import array
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-import grain
 import numpy as np
 
 from rpt_jax.config import CorpusConfig
@@ -52,7 +49,7 @@ class Template:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Random access to the documents of some files; a Grain data source. The arrays have one entry per document."""
+    """Random access to the documents of some files. The arrays have one entry per document."""
 
     files: tuple[TextFile, ...]
     template: Template
@@ -75,11 +72,6 @@ class Documents:
 
     def name(self, index: int) -> str:
         return f"{self.files[self.file_of[index]].path}:{self.number_of[index]}"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all texts in order: a resumed run or an artefact made from other documents shows by it."""
-        return hashlib.blake2b(self.digest_of.tobytes(), digest_size=8).hexdigest()
 
 
 def read_documents(config: CorpusConfig) -> Documents:
@@ -136,45 +128,6 @@ def open_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int) -> Corpus
         log.warning("skipped %d of %d records; the first: %s", len(skipped), len(usable) + len(skipped), skipped[0])
     train, holdout = _split(documents.digest_of, usable, config.holdout, seed)
     return Corpus(documents, train, holdout, skipped)
-
-
-def token_documents(
-    config: CorpusConfig,
-    tokenizer: Tokenizer,
-    *,
-    seed: int = 0,
-    part: Literal["train", "holdout", "all"] = "train",
-    shuffle: bool = True,
-    epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    corpus: Corpus | None = None,
-) -> grain.IterDataset:
-    """A Grain dataset of (document index, tokens int32[T]); its iterators have get_state and set_state.
-
-    The order is one stream for all processes, shuffled anew each epoch (`epochs` None: without end), dealt out in turn:
-    item i goes to process i mod process_count. `corpus` spares opening an opened one again.
-    """
-    corpus = corpus or open_corpus(config, tokenizer, seed)
-    both = np.sort(np.concatenate([corpus.train, corpus.holdout]))
-    indexes = {"train": corpus.train, "holdout": corpus.holdout, "all": both}[part]
-    if not len(indexes):
-        raise InputError(f"no {part} documents: corpus.holdout={config.holdout}; set how many to hold out")
-    stream = grain.MapDataset.source(indexes)
-    if shuffle:
-        stream = stream.shuffle(seed=seed % 2**32)
-    stream = stream.repeat(epochs)[process_index::process_count]
-    tokens = stream.map(_Tokenize(corpus.documents, tokenizer))
-    return tokens.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-
-
-@dataclass(frozen=True)
-class _Tokenize:
-    documents: Documents
-    tokenizer: Tokenizer
-
-    def __call__(self, index: int) -> tuple[int, np.ndarray]:
-        return int(index), np.asarray(self.tokenizer.encode(self.documents[index].text), np.int32)
 
 
 def _usable(documents: Documents, tokenizer: Tokenizer, config: CorpusConfig) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -27,7 +27,10 @@ def readable_pieces(contents: Iterable[bytes], numbers: Iterable[float]) -> list
 
 
 def number_within(contents: Sequence[bytes], numbers: Sequence[float], start: int, end: int) -> float:
-    """The sum of the numbers of those tokens that have a byte in [start, end) of the joined bytes."""
+    """The sum of the numbers of those tokens that have a byte in [start, end) of the joined bytes.
+
+    An empty stretch counts the token that it lies within; between two tokens it counts none.
+    """
     total, at = 0.0, 0
     for content, number in zip(contents, numbers, strict=True):
         if content and at < end and at + len(content) > start:

@@ -6,7 +6,6 @@ the random baseline and the nested easy/medium/hard splits [RPT, arXiv 2506.0800
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from rpt_jax.config import PositionConfig
 from rpt_jax.corpus import segments
 from rpt_jax.corpus.annotated_record import Annotated, pack, unpack
-from rpt_jax.json_file import parsed
+from rpt_jax.json_file import read_object, write_json
 from rpt_jax.records import InputError, words_of
 
 DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; a position is in a split if its entropy is above
@@ -35,9 +34,7 @@ class Position:
     document: int
     index: int  # t
     entropy: float  # nats
-    length: int = (
-        0  # tokens of the target, a segment that is predicted whole; 0: it has no end, any tokens of it will do
-    )
+    length: int = 0  # tokens of the target, a segment predicted whole; 0: it has no end, any tokens of it will do
 
 
 @dataclass(frozen=True)
@@ -150,10 +147,7 @@ def write_header(folder: Path, header: dict) -> None:
                     "use the same settings to continue it, or another folder"
                 )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("header.json.tmp")
-    temporary.write_text(json.dumps(header, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, header)
 
 
 def write_annotated(folder: Path, part: int, documents: Sequence[Annotated]) -> Path:
@@ -208,19 +202,15 @@ def open_annotated(folder: Path, tokenizer=None) -> AnnotatedDocuments:
 
 def all_positions(annotated: AnnotatedDocuments, minimum_context: int, above: float = -np.inf) -> Positions:
     """Every position with at least `minimum_context` tokens before it and entropy above `above`, in stored order."""
-    documents, indices, entropies = [], [], []
+    rows = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))]
     for document in annotated:
         eligible_T = document.entropies_T > above  # false for nan, the first token
         eligible_T[: max(minimum_context, 1)] = False
         if annotated.bytes_V is not None:
             eligible_T &= annotated.bytes_V[document.tokens_T] > 0
         index = np.flatnonzero(eligible_T).astype(np.int32)
-        documents.append(np.full(len(index), document.document, np.int32))
-        indices.append(index)
-        entropies.append(document.entropies_T[index])
-    if not documents:
-        return Positions(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-    return Positions(np.concatenate(documents), np.concatenate(indices), np.concatenate(entropies))
+        rows.append((np.full(len(index), document.document, np.int32), index, document.entropies_T[index]))
+    return Positions(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
 def candidates(annotated: AnnotatedDocuments, config: PositionConfig, above: float = -np.inf) -> Positions:
@@ -293,19 +283,25 @@ def position_stream(
     """Endless stream of Position, a new order each epoch from the seed; iterators have get_state and set_state.
 
     Processes take turns on one global order, so together they see each position once an epoch, and n positions
-    from each of p processes are the same positions for every p with the same n p.
+    from each of p processes are the same positions for every p with the same n p. Raises InputError for no positions,
+    and as `dealt_out`.
     """
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process {process_index} of {process_count}: processes count from 0")
     if not len(positions):
         raise InputError("no positions to stream: select some with a lower positions.threshold or a larger share")
     ordered = grain.MapDataset.source(positions).seed(seed % 2**32).shuffle().repeat()
-    # Rows are in memory: reading threads would cost more than they hide.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return dealt_out(ordered, process_index, process_count)
+
+
+def dealt_out(ordered: grain.MapDataset, process_index: int, process_count: int) -> grain.IterDataset:
+    """What one of several processes gets of an order in memory; raises InputError for a process that is not there."""
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process {process_index} of {process_count}: processes count from 0")
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # threads would cost more than they hide
     return ordered[process_index::process_count].to_iter_dataset(options)
 
 
 def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> None:
+    """Raises InputError where the entropies were made with other settings than the run's, or the share is none."""
     for name in ("top_candidates", "renormalise"):
         there, here = annotated.header.get(name), getattr(config, name)
         if there != here:
@@ -320,10 +316,7 @@ def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> No
 def _read_header(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"no annotated documents in {path.parent} (no header.json): make them with `rpt annotate`")
-    try:
-        header = parsed(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): delete the folder and annotate again") from error
-    if not isinstance(header, dict) or type(header.get("vocab_size")) is not int or "tokenizer" not in header:
+    header = read_object(path, remedy="delete the folder and annotate again")
+    if type(header.get("vocab_size")) is not int or "tokenizer" not in header:
         raise InputError(f"{path} does not name the tokenizer and its vocab_size: delete the folder and annotate again")
     return header

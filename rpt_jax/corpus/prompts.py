@@ -33,9 +33,9 @@ def assemble(
 
     A context that leaves no room for head and tail within config.max_tokens loses its left end; around a masked span,
     see `context_around`. The truth goes on to the end of the document, or of the target where the position gives its
-    length. `length` is the padded T; left out, it is the smallest multiple of 32 that holds the batch. Raises
-    InputError where head and tail alone fill the limit, a prompt is longer than `length`, a target longer than
-    config.truth_bytes, or a chat marker is no token of the tokenizer.
+    length. `length` is the padded T; left out, it is the smallest multiple of LENGTH_STEP that holds the batch. Raises
+    InputError as `frame`, `context_around` and `truth` do, for a position outside its document, and for a prompt longer
+    than `length`.
     """
     head, gap, tail = frame(tokenizer, template, config.max_tokens)
     room = config.max_tokens - len(head) - len(tail)
@@ -65,7 +65,7 @@ def assemble(
 
 def contexts_of(tokenizer, template: Template, prompts: Prompts) -> list[bytes]:
     """The bytes between head and tail of each prompt: the text that the policy was shown, with the gap of a span."""
-    head, _, tail = frame(tokenizer, template, prompts.tokens_NT.shape[1] + 1)
+    head, _, tail = frame(tokenizer, template, prompts.tokens_NT.shape[1] + 1)  # T + 1: what fitted once fits
     ends_N = np.asarray(prompts.lengths_N) - len(tail)
     return [
         tokenizer.bytes_of(tokens_T[len(head) : end].tolist())

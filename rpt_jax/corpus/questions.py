@@ -6,8 +6,9 @@ question and behind them those of the answer, so that prompts, sampling and the 
 truth behind the position is the reference answer [RPT, arXiv 2506.08007, its table on RL fine-tuning].
 """
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,10 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """Questions as documents: [number] gives the tokens (int32), the name and the answer of each."""
+    """Questions as documents, numbered from 0; `documents`, `names` and `answers` have one entry per question."""
 
     header: dict  # tokenizer and vocab_size, as of annotated documents
-    documents: tuple[np.ndarray, ...]
+    documents: tuple[np.ndarray, ...]  # int32, tokens of the question and behind them those of the answer
     names: tuple[str, ...]
     answers: tuple[str, ...]
     train: Positions  # entropies are 0: no proxy looked at them
@@ -48,9 +49,17 @@ class Questions:
 
 
 def to_learn_from(config: Config, tokenizer: Tokenizer) -> tuple[AnnotatedDocuments | Questions, Positions]:
-    """What a config trains on: its questions if it names files of them, else the chosen positions of annotated text."""
+    """What a config trains on: its questions if it names files of them, else the chosen positions of annotated text.
+
+    Raises InputError as open_questions, open_annotated and select_positions do, and where all questions are held out.
+    """
     if config.questions.files:
         questions = open_questions(config.questions, config.prompt, tokenizer, config.seed)
+        if not len(questions.train):
+            raise InputError(
+                f"all of questions.files are among the {len(questions.held_out)} questions of "
+                "questions.evaluate_files: name files with others to train on"
+            )
         return questions, questions.train
     annotated = open_annotated(config.positions.annotated, tokenizer)
     return annotated, select_positions(annotated, config.positions, config.seed)
@@ -61,8 +70,9 @@ def open_questions(config: QuestionConfig, prompt: PromptConfig, tokenizer: Toke
 
     Of questions with the same text the first counts. Which are held out, and which of the others are trained on,
     depends on the seed and the texts alone; a question of config.evaluate_files is never trained on. Raises InputError,
-    naming file and line, for a record that is no question, an answer of more than prompt.truth_bytes bytes, a question
-    that does not fit into prompt.max_tokens or that the tokenizer cannot represent; on_bad_record "skip" leaves it out.
+    naming file and line, for a record that is no question, an answer of more than prompt.truth_bytes bytes or with a
+    U+0000 in it, a question that does not fit into prompt.max_tokens, and text that the tokenizer cannot represent;
+    on_bad_record "skip" leaves it out.
     """
     if config.holdout and config.evaluate_files:
         raise InputError(
@@ -71,10 +81,11 @@ def open_questions(config: QuestionConfig, prompt: PromptConfig, tokenizer: Toke
     template = load_template(prompt.template, prompt.chat)
     head, _, tail = frame(tokenizer, template, prompt.max_tokens)
     room = prompt.max_tokens - len(head) - len(tail)
-    limits, skipped = (tokenizer, room, prompt.truth_bytes), []
-    held_out = _read(config, "evaluate_files", limits, skipped) if config.evaluate_files else []
+    problem_of = functools.partial(_problem, tokenizer=tokenizer, room=room, truth_bytes=prompt.truth_bytes)
+    skipped = []
+    held_out = _read(config, "evaluate_files", problem_of, skipped) if config.evaluate_files else []
     known = {question.text for question in held_out}
-    pool = _read(config, "files", limits, skipped) if config.files or not held_out else []
+    pool = _read(config, "files", problem_of, skipped) if config.files or not held_out else []
     pool = [question for question in pool if question.text not in known]
     if skipped:
         log.warning("skipped %d questions; the first: %s", len(skipped), skipped[0])
@@ -117,18 +128,23 @@ def read_questions(config: QuestionConfig, files: Sequence[str], skipped: list[s
                 _stop_or_skip(config, str(error), skipped)
 
 
-def _read(config: QuestionConfig, which: str, limits, skipped: list[str]) -> list[Question]:
+def _read(
+    config: QuestionConfig, which: str, problem_of: Callable[[Question], str], skipped: list[str]
+) -> list[Question]:
     """Questions of config.files or config.evaluate_files that can be used, each text once."""
     files = matching_files(getattr(config, which), f"questions.{which}")
     found: dict[str, Question] = {}
+    skipped_before = len(skipped)
     for question in read_questions(config, files, skipped):
-        problem = _problem(question, *limits)
+        problem = problem_of(question)
         if problem:
             _stop_or_skip(config, f"{question.name}: {problem}", skipped)
         else:
             found.setdefault(question.text, question)
     if not found:
-        raise InputError(f"questions.{which}: no question left in {', '.join(files)}, {len(skipped)} were skipped")
+        own = skipped[skipped_before:]
+        more = f", the first is {own[0]}" if own else "; name files with records"
+        raise InputError(f"questions.{which}: no question left in {', '.join(files)}, {len(own)} were skipped{more}")
     return list(found.values())
 
 
@@ -155,11 +171,12 @@ def _question(name: str, file: TextFile, raw: Any, config: QuestionConfig) -> Qu
 
 def _problem(question: Question, tokenizer: Tokenizer, room: int, truth_bytes: int) -> str:
     """What keeps a question from being used; empty: nothing."""
-    if len(question.answer.encode()) > truth_bytes or "\0" in question.answer:
-        return (
-            f"its answer has {len(question.answer.encode())} bytes, prompt.truth_bytes={truth_bytes} are kept, none of "
-            "which may be 0: raise it"
-        )
+    size = len(question.answer.encode())
+    if size > truth_bytes:
+        return f"its answer has {size} bytes, prompt.truth_bytes={truth_bytes} are kept: raise it"
+    zero = question.answer.find("\0")
+    if zero >= 0:
+        return f"character {zero + 1} of its answer is U+0000, which pads answers: take it out"
     try:
         tokens = len(tokenizer.encode(question.text))
         tokenizer.encode(question.answer)

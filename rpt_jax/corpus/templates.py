@@ -47,11 +47,6 @@ class Template:
     gap: str | None = None  # stands where the masked span was; None: nothing that comes later is shown
 
     @property
-    def thinking_opened(self) -> bool:
-        """The prompt ends inside a thought; answers are looked for after `</think>` in the response either way."""
-        return bool(self.thought)
-
-    @property
     def before(self) -> str:
         return self.chat.opening + self.head
 
@@ -182,7 +177,7 @@ def load_template(name_or_path: str, chat: str = "none") -> Template:
     try:
         text = path.read_bytes().decode("utf-8")  # bytes: line ends stay as they are
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save the template as UTF-8 text") from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.start + 1}): save the template as UTF-8 text") from error
     if text.count(CONTEXT) != 1:
         raise InputError(
             f"{path} has {text.count(CONTEXT)} markers {CONTEXT}: a template has exactly one, where the text goes"

@@ -43,7 +43,10 @@ class TextFile:
 
 
 def matching_files(patterns: tuple[str, ...], setting: str = "corpus.files") -> list[str]:
-    """Paths in the order of the patterns, each glob sorted, none twice; `setting` is what messages call them."""
+    """Paths in the order of the patterns, each glob sorted, none twice; `setting` is what messages call them.
+
+    Raises InputError for no patterns, one without a file, and a folder.
+    """
     if not patterns:
         raise InputError(f"{setting} is empty: give paths or globs, for example --{setting} data/*.jsonl")
     paths = []
@@ -63,7 +66,10 @@ def _found(pattern: str) -> list[str]:
 
 
 def open_file(path: str, fields: tuple[str, ...], setting: str = "corpus.template") -> TextFile:
-    """Opens by suffix; raises InputError for an unknown one, an unreadable file, and Parquet without the fields."""
+    """Opens by suffix.
+
+    Raises InputError for an unknown one, an unreadable file, and Parquet that lacks one of the fields or has it twice.
+    """
     suffix = next((suffix for suffix in KINDS if path.endswith(suffix)), None)
     if suffix is None:
         raise InputError(f"{path}: unknown suffix; corpus files end in {', '.join(KINDS)}")
@@ -109,7 +115,10 @@ def _scan_lines(file: TextFile) -> Iterator[tuple[int, int, bytes]]:
 
 
 def fetch(file: TextFile, place: int) -> Any:
-    """The raw record at a place: the bytes of a line, text file or ArrayRecord record, or the number of a row."""
+    """The raw record at a place: the bytes of a line, text file or ArrayRecord record, or the number of a row.
+
+    Raises InputError for a damaged ArrayRecord.
+    """
     if file.kind == "parquet":
         return place
     if file.kind == "records":

@@ -140,6 +140,8 @@ class Tokenizer:
             ) from error
 
     def _complaint(self, text: str) -> str:
+        """Says of a text whose bytes do not come back the first character that fails by itself, else how it begins."""
+
         def is_exact(piece: str) -> bool:
             return self.bytes_of(self._ids(piece, self.symbols, self._symbol_pattern)) == piece.encode()
 
@@ -248,7 +250,10 @@ def _assemble(parts: Parts) -> Tokenizer:
         symbols[SPACE] = () if None in fallback else tuple(fallback)
     end = parts.end_of_text or next((name for name in END_OF_TEXT if name in controls), None)
     if end is not None and not (isinstance(end, str) and end in ids):
-        raise InputError(f"{parts.file}: the eos_token {end!r} of tokenizer_config.json is not in the vocabulary")
+        raise InputError(
+            f"{parts.file}: the eos_token {end!r} of tokenizer_config.json is not in the vocabulary; use the "
+            "tokenizer_config.json that belongs to it"
+        )
     return Tokenizer(
         token_bytes=tuple(contents.get(i, b"") for i in range(max(pieces) + 1)),
         pieces=ids,

@@ -4,18 +4,18 @@ Files that came from there go back as they are. A SentencePiece model gets a tok
 its merges put down one by one, nothing normalised and no prefix space, as everywhere in this project.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
 
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.corpus.tokenizer_files import CONFIG, SPACE
+from rpt_jax.corpus.tokenizer_files import CONFIG, GENERATION, SPACE
 from rpt_jax.json_file import parsed_text
 from rpt_jax.records import InputError
 
-GENERATION = "generation_config.json"
-UNIGRAM, BPE, WORD, CHARACTERS = 1, 2, 3, 4  # SentencePiece's model types
+BPE, CHARACTERS = 2, 4  # of SentencePiece's model types
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -37,9 +37,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         config.setdefault("eos_token", end)
         files.setdefault(GENERATION, json.dumps({"eos_token_id": tokenizer.end_of_text}).encode())
     files[CONFIG] = json.dumps(config, ensure_ascii=False, indent=2).encode()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (Path(folder) / name).write_bytes(content)
+    dataclasses.replace(tokenizer, files=files).save(folder)
 
 
 def end_ids(tokenizer: Tokenizer) -> int | list[int] | None:
@@ -54,7 +52,9 @@ def end_ids(tokenizer: Tokenizer) -> int | list[int] | None:
         raise InputError(f"{GENERATION} beside the tokenizer is no JSON object ({error}): copy it again") from error
     every = published if isinstance(published, list) else [published]
     if published is not None and not all(type(each) is int and each >= 0 for each in every):
-        raise InputError(f"{GENERATION} beside the tokenizer: eos_token_id={published!r} is no id and no list of ids")
+        raise InputError(
+            f"{GENERATION} beside the tokenizer: eos_token_id={published!r} is no id and no list of ids: copy it again"
+        )
     return tokenizer.end_of_text if published is None else published
 
 

@@ -17,14 +17,15 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from rpt_jax.json_file import parsed_text
+from rpt_jax.json_file import read_object
 from rpt_jax.records import InputError, words_of
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
 # What may stand beside a tokenizer's own file. It travels with it, so that `rpt convert` can give it back; of these
 # only tokenizer_config.json is read here.
 CONFIG = "tokenizer_config.json"
-COMPANIONS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+GENERATION = "generation_config.json"
+COMPANIONS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", GENERATION)
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece that is one raw byte
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -110,7 +111,7 @@ def tokenizer_json_parts(file: Path) -> Parts:
 
 
 def _require_exact_kind(file: Path, description: dict, byte_level: bool) -> None:
-    """Raises InputError unless nothing of the description takes the pieces' bytes away from the text's."""
+    """Raises InputError where pieces have no exact bytes, or a step changes the text and cannot be switched off."""
     model = description["model"]
     kind = model.get("type", "BPE" if "merges" in model else "of unknown type")
     reasons = []
@@ -140,7 +141,7 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
     for file in (vocab_file, merges_file):
         if not file.is_file():
             raise InputError(f"{file} is missing: vocab.json and merges.txt belong together in one folder")
-    vocab, config = read_json(vocab_file), _config_beside(vocab_file)
+    vocab, config = read_object(vocab_file, remedy="copy it again"), _config_beside(vocab_file)
     maker = str(config.get("tokenizer_class", "Qwen2Tokenizer"))
     if "GPT2" in maker:
         split = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,20 +165,9 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
     return Parts(vocab_file, engine, pieces, contents, False, added, _end_of_text(config), files)
 
 
-def read_json(file: Path) -> dict:
-    """The JSON object in a file; raises InputError if there is none."""
-    try:
-        content = parsed_text(file.read_bytes())
-    except ValueError as error:  # UnicodeDecodeError too
-        raise InputError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def read_description(file: Path) -> dict:
     """The object in a tokenizer.json; raises InputError where `_steps` could not take its parts apart."""
-    description = read_json(file)
+    description = read_object(file, remedy="copy it again")
     for name in ("normalizer", "pre_tokenizer"):
         part = description.get(name) or {"type": "none"}
         steps = _steps(part) if isinstance(part, dict) else [part]
@@ -194,7 +184,7 @@ def is_byte_level(description: dict) -> bool:
 
 def _config_beside(file: Path) -> dict:
     beside = file.with_name(CONFIG)
-    return read_json(beside) if beside.is_file() else {}
+    return read_object(beside, remedy="copy it again") if beside.is_file() else {}
 
 
 def _companions(file: Path) -> dict[str, bytes]:
@@ -224,7 +214,7 @@ def _added_tokens(file: Path, config: dict, described=()) -> tuple[tuple[int, st
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{file} or tokenizer_config.json beside it: an added token needs a whole-number id and a `content` "
-            f"({error!r})"
+            f"({error!r}): copy it again"
         ) from error
 
 

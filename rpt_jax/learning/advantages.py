@@ -39,8 +39,3 @@ def groups_agree(rewards_NG: Array) -> jax.Array:
     """bool [N]: all rollouts of the prompt earned the same, so the group teaches nothing."""
     rewards_NG = jnp.asarray(rewards_NG)
     return rewards_NG.max(axis=1) == rewards_NG.min(axis=1)
-
-
-def zero_variance_share(rewards_NG: Array) -> jax.Array:
-    """Share of groups that agree, in [0, 1]: at 1 the loss is 0 and nothing is learnt."""
-    return groups_agree(rewards_NG).mean(dtype=jnp.float32)

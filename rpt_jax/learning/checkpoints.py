@@ -26,6 +26,7 @@ from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
 Manager = ocp.CheckpointManager
+# Raised as they are, also by policy_folder.py: memory, access or another host failed, which says nothing of the files.
 NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError, ConnectionError, TimeoutError)
 
 
@@ -49,13 +50,12 @@ def open_checkpoints(folder: str | Path, keep: int, read_only: bool = False) -> 
 
     read_only: each process reads for itself. Orbax would let the others wait for one that cannot.
     """
-    own = jax.process_index()
-    processes = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}) if read_only else None
+    own = {"primary_host": jax.process_index(), "active_processes": {jax.process_index()}}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep,
         enable_async_checkpointing=not read_only,
         read_only=read_only,
-        **({"multiprocessing_options": processes} if processes and jax.process_count() > 1 else {}),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(**own if read_only else {}),
     )
     folder = epath.Path(folder)
     where = folder if "://" in str(folder) else folder.resolve()  # which would make gs://bucket a local folder
@@ -89,8 +89,7 @@ def restore(manager: Manager, like: TrainState, step: int) -> tuple[TrainState, 
         rest=ocp.args.StandardRestore(_rest(abstract)),
         host=ocp.args.JsonRestore(),
     )
-    found = _restore(manager, step, items)
-    host = {name: value for name, value in found.host.items() if name != "fingerprints"}
+    found, host = _restore(manager, step, items)
     return TrainState(found.params, **found.rest), host
 
 
@@ -127,7 +126,8 @@ def newest_params(folder: str | Path, like: Params) -> Params | None:
         if manager.latest_step() is None:
             return None
         items = ocp.args.Composite(params=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
-        return _restore(manager, manager.latest_step(), items).params
+        found, _ = _restore(manager, manager.latest_step(), items)
+        return found.params
 
 
 def abstract_state(state: TrainState) -> TrainState:
@@ -136,6 +136,7 @@ def abstract_state(state: TrainState) -> TrainState:
 
 
 def _restore(manager, step, items):
+    """(what `items` ask for, host without the fingerprints), compared with these."""
     folder = manager.directory / str(step)
     if step not in manager.all_steps():
         there = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
@@ -147,11 +148,13 @@ def _restore(manager, step, items):
             raise
         except Exception as error:  # Orbax raises this very class for a file that is cut short
             raise _damaged(manager, step, first_line(error)) from error
-    host = {name: value for name, value in found.host.items() if name != "fingerprints"}
-    for name, wanted in found.host.get("fingerprints", {}).items():  # earlier checkpoints have none, or not all
+    if not isinstance(found.host, dict):
+        raise _damaged(manager, step, f"host is {type(found.host).__name__} instead of a JSON object")
+    host = dict(found.host)
+    for name, wanted in host.pop("fingerprints", {}).items():  # earlier checkpoints have none, or not all
         if name in found and (_digest(host) if name == "host" else fingerprint(found[name])) != wanted:
             raise _damaged(manager, step, f"{name} differs from what was saved")
-    return found
+    return found, host
 
 
 def _digest(host: dict) -> str:

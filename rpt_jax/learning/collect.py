@@ -143,39 +143,57 @@ def draw(
 def roll(
     source: Source, params: Params, positions: tuple[Position, ...], key: Array, state: TrainState | None = None
 ) -> tuple[Groups, tuple[float, float]]:
-    """One round: prompts, G rollouts each, answers, rewards; and the seconds of sampling and of rewarding."""
-    config, tokenizer, N = source.config, source.tokenizer, len(positions)
+    """One round: prompts, G rollouts each, answers, rewards; and the seconds of sampling and of rewarding.
+
+    params, state: as in collect.
+    """
+    config, N = source.config, len(positions)
     start = time.perf_counter()
     rows = batch_rows(N, source.mesh)
     with together():
         mine = [positions[row] for row in rows]
-        own = assemble(tokenizer, source.template, config.prompt, source.documents, mine)
+        own = assemble(source.tokenizer, source.template, config.prompt, source.documents, mine)
     wide = own.replace(tokens_NT=_resize(own.tokens_NT, config.prompt.max_tokens))  # in all processes alike
     prompts = all_rows(wide, rows, N)
     prompts = prompts.replace(tokens_NT=_fit(prompts.tokens_NT, prompts.lengths_N))
     rollouts = sample(params, source.model, config.sample, prompts, key, source.end_ids)
     sampled = time.perf_counter()
     with jax.profiler.TraceAnnotation("reward"):
-        responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
-        answers = parse_answers(tokenizer, *responses)
-        outcomes, learnt_NG, cost = Outcomes(answers, own, whole=is_whole(config)), rollouts.lengths_NG, 0.0
-        if config.reward.kind in ("dense", "conditional_dense"):
-            first_NG = answer_logprobs(tokenizer.bytes_of, *responses[:2], rollouts.logprobs_NGR[rows])
-            outcomes = dataclasses.replace(outcomes, first_logprobs_NG=first_NG)
-        elif config.reward.kind == "information_gain":
-            after_NG, plain_N, learnt_NG, cost = _next_token(source, state, prompts, rollouts, rows, mine)
-            outcomes = dataclasses.replace(outcomes, thought_logprobs_NG=after_NG[rows], plain_logprobs_N=plain_N[rows])
-        elif config.reward.kind == "verified":
-            verdicts_NG = judging.verdicts(source.judge, judging.references_of(own), answers)
-            outcomes = dataclasses.replace(outcomes, verdicts_NG=verdicts_NG)
-        elif config.reward.kind == "judged":
-            outcomes = dataclasses.replace(outcomes, contexts_N=contexts_of(tokenizer, source.template, own))
-        answered_NG = np.array([[answer is not None for answer in group] for group in answers])
-        with together():
-            made = answered_NG, reward(config.reward, outcomes), right(outcomes), outcomes.verdicts_NG
-        *made, verdicts_NG = all_rows(made, rows, N)
-    seconds = sampled - start, time.perf_counter() - sampled
-    return Groups(positions, prompts, rollouts, *made, learnt_NG, cost, verdicts_NG), seconds
+        groups = _rewarded(source, positions, prompts, rollouts, own, rows, state)
+    return groups, (sampled - start, time.perf_counter() - sampled)
+
+
+def _rewarded(
+    source: Source,
+    positions: tuple[Position, ...],
+    prompts: Prompts,
+    rollouts: Rollouts,
+    own: Prompts,
+    rows: np.ndarray,
+    state: TrainState | None,
+) -> Groups:
+    """All rows, in all processes; `own` are the prompts of this one's `rows`, whose responses it parses and rewards."""
+    config, tokenizer = source.config, source.tokenizer
+    responses = rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows], rollouts.finished_NG[rows]
+    answers = parse_answers(tokenizer, *responses)
+    outcomes, learnt_NG, cost = Outcomes(answers, own, whole=is_whole(config)), rollouts.lengths_NG, 0.0
+    if config.reward.kind in ("dense", "conditional_dense"):
+        first_NG = answer_logprobs(tokenizer.bytes_of, *responses[:2], rollouts.logprobs_NGR[rows])
+        outcomes = dataclasses.replace(outcomes, first_logprobs_NG=first_NG)
+    elif config.reward.kind == "information_gain":
+        mine = [positions[row] for row in rows]
+        after_NG, plain_N, learnt_NG, cost = _next_token(source, state, prompts, rollouts, rows, mine)
+        outcomes = dataclasses.replace(outcomes, thought_logprobs_NG=after_NG[rows], plain_logprobs_N=plain_N[rows])
+    elif config.reward.kind == "verified":
+        verdicts_NG = judging.verdicts(source.judge, judging.references_of(own), answers)
+        outcomes = dataclasses.replace(outcomes, verdicts_NG=verdicts_NG)
+    elif config.reward.kind == "judged":
+        outcomes = dataclasses.replace(outcomes, contexts_N=contexts_of(tokenizer, source.template, own))
+    answered_NG = np.array([[answer is not None for answer in group] for group in answers])
+    with together():
+        made = answered_NG, reward(config.reward, outcomes), right(outcomes), outcomes.verdicts_NG
+    *made, verdicts_NG = all_rows(made, rows, len(positions))
+    return Groups(positions, prompts, rollouts, *made, learnt_NG, cost, verdicts_NG)
 
 
 def is_whole(config: Config) -> bool:
@@ -206,15 +224,16 @@ def _next_token(
 
 
 def take(rounds: Sequence[Groups], rows: Sequence[tuple[int, int]]) -> Groups:
-    """The groups at (round, row), their prompts padded to one length."""
+    """The groups at (round, row), their prompts padded to one length; without what describe reads of whole rounds."""
     T = max(part.prompts.tokens_NT.shape[1] for part in rounds)
 
     def gather(pick: Callable[[Groups], Array], width: int | None = None) -> np.ndarray:
         lines = [np.asarray(pick(rounds[r])[row]) for r, row in rows]
         return np.stack(lines if width is None else [_resize(line, width) for line in lines])
 
+    others = [field.name for field in dataclasses.fields(Prompts) if field.name != "tokens_NT"]
     prompts = Prompts(
-        **{name: gather(lambda part, name=name: getattr(part.prompts, name)) for name in _names(Prompts, "tokens_NT")},
+        **{name: gather(lambda part, name=name: getattr(part.prompts, name)) for name in others},
         tokens_NT=gather(lambda part: part.prompts.tokens_NT, T),
     )
     rollouts = Rollouts(
@@ -272,7 +291,7 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
     N, G = groups.rewards_NG.shape
     for i in range(min(count, N * G)):
         n, g = (i * N // count, i % G) if count <= N else divmod(i, G)
-        position, prompts, rollouts = groups.positions[n], groups.prompts, groups.rollouts
+        position, rollouts = groups.positions[n], groups.rollouts
         before = source.documents[position.document][max(0, position.index - SHOWN_CONTEXT) : position.index]
         one = (
             array[n : n + 1, g : g + 1] for array in (rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
@@ -281,12 +300,6 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
         length = int(rollouts.lengths_NG[n, g])
         contents = [source.tokenizer.bytes_of([token]) for token in rollouts.tokens_NGR[n, g, :length].tolist()]
         response = b"".join(contents)
-        truth = prompts.truth_NX[n].tobytes()
-        first = int(np.argmax(prompts.boundaries_NX[n])) + 1
-        if position.length:
-            first = len(truths(jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], prompts))[0])
-        elif source.judge is not None:
-            first = len(truth.rstrip(b"\0"))
         yield {
             "step": step,
             "document": position.document,
@@ -296,8 +309,8 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
             "context": _text(source.tokenizer.bytes_of(before.tolist())[-SHOWN_CONTEXT:]),
             "thought": _text(response.rpartition(THOUGHT_END)[0] if THOUGHT_END in response else response),
             "prediction": None if answer is None else _text(answer),
-            "truth": _text(truth[:first]),
-            "continuation": _text(truth[:SHOWN_TRUTH].rstrip(b"\0")),
+            "truth": _text(_target(source, groups, n)),
+            "continuation": _text(groups.prompts.truth_NX[n].tobytes()[:SHOWN_TRUTH].rstrip(b"\0")),
             "reward": float(groups.rewards_NG[n, g]),
             "right": bool(groups.right_NG[n, g]),
             "finished": bool(rollouts.finished_NG[n, g]),
@@ -309,12 +322,18 @@ def shown(source: Source, groups: Groups, count: int, step: int) -> Iterable[dic
         }
 
 
+def _target(source: Source, groups: Groups, n: int) -> bytes:
+    """What was to be predicted of prompt n: its segment, its reference answer, or the first token that follows."""
+    if groups.positions[n].length:
+        return truths(jax.tree.map(lambda leaf: leaf[n : n + 1], groups.prompts))[0]
+    truth = groups.prompts.truth_NX[n].tobytes()
+    if source.judge is not None:
+        return truth.rstrip(b"\0")
+    return truth[: int(np.argmax(groups.prompts.boundaries_NX[n])) + 1]
+
+
 def _text(content: bytes) -> str:
     return content.decode("utf-8", errors="replace")
-
-
-def _names(record, *without: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(record) if field.name not in without]
 
 
 def _fit(tokens_NT: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:

@@ -71,9 +71,15 @@ def check(source: Source, annotated: AnnotatedDocuments | Questions, positions: 
     run_folder.require_wandb(config)
     check_divides(config, source.mesh)
     policy_folder.check_vocabulary(source.model, tokenizer, "the starting policy")
-    judge.check_questions(config, isinstance(annotated, Questions))
+    are_questions = isinstance(annotated, Questions)
+    judge.check_questions(config, are_questions)
     header = annotated.header
-    policy_folder.check_tokenizer(tokenizer, header["vocab_size"], header["tokenizer"], "positions.annotated")
+    if header["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(
+            f"the {'questions' if are_questions else 'annotated documents'} were read with a tokenizer of "
+            f"{header['vocab_size']} ids (fingerprint {header['tokenizer']}), the policy has one of "
+            f"{tokenizer.vocab_size} ids (fingerprint {tokenizer.fingerprint}): open them with the policy's"
+        )
     if config.sample.temperature == 0:
         raise InputError("sample.temperature=0: greedy rollouts of a prompt are all the same; use 0.8 (paper) or so")
     if config.steps < 1 or config.dynamic_sampling.max_rounds < 0:
@@ -86,8 +92,9 @@ def check(source: Source, annotated: AnnotatedDocuments | Questions, positions: 
             raise InputError(f"checkpoint.{name}={getattr(config.checkpoint, name)}: use 1 or more")
     if len(positions) < config.batch_size:
         raise InputError(
-            f"{len(positions)} positions are fewer than batch_size={config.batch_size} prompts a step: lower it, or "
-            "select more with a lower --positions.threshold"
+            f"{len(positions)} {'questions' if are_questions else 'positions'} are fewer than batch_size="
+            f"{config.batch_size} prompts a step: lower it, or "
+            f"{'give more' if are_questions else 'select more with a lower --positions.threshold'}"
         )
     if config.reward.kind == "information_gain" and not positions.indices.all():
         raise InputError(
@@ -99,8 +106,7 @@ def check(source: Source, annotated: AnnotatedDocuments | Questions, positions: 
 
 
 def check_divides(config: Config, mesh: Mesh) -> None:
-    """Raises InputError for a batch, or a microbatch, that does not divide over the mesh."""
-    config.check()
+    """Raises InputError for a batch, or a microbatch, that does not divide over the mesh; after config.check."""
     check_batch_divides(config.batch_size, mesh)
     units, microbatches = batch_parts(mesh), config.update.microbatches
     what = f"update.microbatches={microbatches} on each of {units} devices, which together is "

@@ -172,7 +172,9 @@ def _ask(judge: Judge, pair: tuple[str, str]) -> int:
         status = worker.wait() if is_ready else 0
         _stop(worker)
         if status > 0:
-            raise RuntimeError("a worker of the judge could not start, or broke; what it said is on stderr")
+            raise RuntimeError(
+                f"a worker of the judge could not start, or broke (exit status {status}); what it said is on stderr"
+            )
         worker = _start(judge.config)
         return CRASHED if is_ready else TIMED_OUT
     finally:

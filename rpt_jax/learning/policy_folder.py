@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.json_file import parsed_text
+from rpt_jax.json_file import read_object
 from rpt_jax.learning import checkpoints
 from rpt_jax.learning.array_file import read_arrays
 from rpt_jax.learning.checkpoints import NOT_OF_THE_FILES, first_line
@@ -30,7 +30,6 @@ from rpt_jax.records import InputError, Params
 
 FORMAT = 1
 STORED = ("float32", "bfloat16", "float16", "orbax")  # bfloat16: its bits as uint16, which numpy knows
-AGAIN = "make the policy again"
 BITS = {"bfloat16": "uint16"}
 
 
@@ -93,7 +92,7 @@ def load_policy(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Pa
     folder = Path(folder)
     if (folder / "policy.json").is_file():
         return _load_folder(folder, mesh)
-    if (folder / "config.json").is_file() and "config" in read_json(folder / "config.json"):
+    if (folder / "config.json").is_file() and "config" in read_object(folder / "config.json"):
         return _load_run(folder, mesh)
     raise InputError(
         f"no policy in {str(folder)!r}: give a folder with policy.json (`rpt pretrain` makes one, and "
@@ -119,30 +118,16 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, fingerprint: str, whe
         )
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """The object in a JSON file; raises InputError that names the file, and the first of `keys` that is missing."""
-    try:
-        content = parsed_text(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"no file {path}: the folder is incomplete, make it again") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({first_line(error)}): make it again") from error
-    missing = [key for key in keys if key not in content] if isinstance(content, dict) else ["{"]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]!r}: it is not what this program wrote, make it again")
-    return content
-
-
 def _load_folder(folder, mesh):
     path = folder / "policy.json"
-    content = read_json(path, "format", "model", "stored", "tokenizer")
+    content = read_object(path, "format", "model", "stored", "tokenizer")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']!r}, this version reads {FORMAT}: make it again")
     model = from_dict(ModelConfig, content["model"], f"{path}: model")
     model.check()
     if content["stored"] not in STORED or not isinstance(content["tokenizer"], dict):
         raise InputError(
-            f"{path}: stored={content['stored']!r}, or tokenizer, is not what this program writes: {AGAIN}"
+            f"{path}: stored={content['stored']!r}, or tokenizer, is not what this program writes: make it again"
         )
     tokenizer = load_tokenizer(folder / "tokenizer")
     made_with = [content["tokenizer"].get(name) for name in ("vocab_size", "fingerprint")]
@@ -154,7 +139,7 @@ def _load_folder(folder, mesh):
 
 
 def _load_run(folder, mesh):
-    config = from_dict(Config, read_json(folder / "config.json", "config")["config"], f"{folder}/config.json: config")
+    config = from_dict(Config, read_object(folder / "config.json", "config")["config"], f"{folder}/config.json: config")
     require_in_range(config, f"{folder}/config.json: config")
     config.model.check()
     tokenizer = load_tokenizer(folder / "tokenizer")

@@ -149,10 +149,10 @@ def pretrain(
             )
         state, metrics = pretrain_step(state, *place(batch), model=model, config=config)
         if last is not None:
-            require_finite(last, step - 1)  # a step late, so that the host prepares the next batch meanwhile
+            require_finite(last, step)  # a step late, so that the host prepares the next batch meanwhile
         last = metrics
         if report and ((step + 1) % report_every == 0 or step + 1 == config.steps):
             report(step + 1, {name: float(value) for name, value in metrics.items()})
     if last is not None:
-        require_finite(last, config.steps - 1)
+        require_finite(last, config.steps)
     return state.params

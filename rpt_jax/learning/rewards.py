@@ -90,8 +90,8 @@ def exact(outcomes: Outcomes) -> np.ndarray:
     rewards_NG = np.zeros(pack_predictions(outcomes.predictions, 0)[1].shape, np.float32)
     targets = truths(outcomes.prompts)
     if not outcomes.whole:
-        firsts = np.where(boundaries_NX.any(axis=1), boundaries_NX.argmax(axis=1) + 1, 0)
-        targets = [truth_X[:first].tobytes() for truth_X, first in zip(truth_NX, firsts, strict=True)]
+        first_N = np.where(boundaries_NX.any(axis=1), boundaries_NX.argmax(axis=1) + 1, 0)
+        targets = [truth_X[:first].tobytes() for truth_X, first in zip(truth_NX, first_N, strict=True)]
     for n, g in np.ndindex(*rewards_NG.shape):
         answer, target = outcomes.predictions[n][g] or b"", targets[n]
         if outcomes.whole:
@@ -103,9 +103,9 @@ def exact(outcomes: Outcomes) -> np.ndarray:
 def truths(prompts: Prompts) -> list[bytes]:
     """The bytes of all whole tokens of the truth kept: of a segment all of it, otherwise what follows in the text."""
     boundaries_NX = np.asarray(prompts.boundaries_NX)
-    ends = boundaries_NX.shape[1] - boundaries_NX[:, ::-1].argmax(axis=1)
-    ends = np.where(boundaries_NX.any(axis=1), ends, 0)
-    return [truth_X[:end].tobytes() for truth_X, end in zip(np.asarray(prompts.truth_NX), ends, strict=True)]
+    ends_N = boundaries_NX.shape[1] - boundaries_NX[:, ::-1].argmax(axis=1)
+    ends_N = np.where(boundaries_NX.any(axis=1), ends_N, 0)
+    return [truth_X[:end].tobytes() for truth_X, end in zip(np.asarray(prompts.truth_NX), ends_N, strict=True)]
 
 
 def first_token(outcomes: Outcomes) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What a run writes: config.json first, then a row a step, at the end results.json.
 
-    config.json       the resolved config, commit, package versions, devices
+    config.json       the resolved config, facts about its inputs, the run's id, commit, package versions, devices
     tokenizer/        the policy's, so that the folder can be used as a policy
     metrics.jsonl     one row a step; rollouts.jsonl a few rollouts of it; evaluations.jsonl a row an evaluation
     checkpoints/      see checkpoints.py
@@ -17,7 +17,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import uuid
@@ -37,8 +36,8 @@ from rpt_jax.agreement import in_first_process
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.json_file import read_object, write_json, write_whole
 from rpt_jax.learning import checkpoints, tensorboard
-from rpt_jax.learning.policy_folder import read_json
 from rpt_jax.learning.run_rows import flat, read_rows
 from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError, words_of
@@ -47,9 +46,13 @@ KEPT = "run"  # folder beside the checkpoints, where those have one of their own
 STREAMS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
 PACKAGES = ("rpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 # A run continues with other values of these: they change no update beyond rounding.
-FREE = ("name", "run_folder", "mesh", "checkpoint", "evaluate", "rollouts_logged", "wandb")
-FREE_INSIDE = {"sample": ("tokens_per_call",), "update": ("microbatches", "token_chunk"), "model": ("remat",)}
-FREE_INSIDE |= {"questions": ("workers", "evaluate_files")}
+FREE = ("name", "run_folder", "mesh", "checkpoint", "evaluate", "rollouts_logged", "wandb", "profile")
+FREE_INSIDE = {
+    "sample": ("tokens_per_call", "slots"),
+    "update": ("microbatches", "token_chunk", "check_shared_prefix"),
+    "model": ("remat",),
+    "questions": ("workers", "evaluate_files"),
+}
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,18 @@ def open_run(config: Config, tokenizer: Tokenizer, start: int | None, identity: 
         yield RunLog(folder, None)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    before = folder / "config.json"
-    name = None if start is None else read_json(before).get("id")
-    name = name or uuid.uuid4().hex[:8]
-    described = {"config": to_dict(config), "identity": identity, "id": name} | provenance()
-    write_json(before, described)
+    path = folder / "config.json"
+    run_id = None if start is None else read_object(path).get("id")
+    run_id = run_id or uuid.uuid4().hex[:8]
+    described = {"config": to_dict(config), "identity": identity, "id": run_id} | provenance()
+    write_json(path, described)
     tokenizer.save(folder / "tokenizer")
     (folder / "results.json").unlink(missing_ok=True)
     for stream in STREAMS:
         _cut(folder / stream, start)
     if start is None:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    log = RunLog(folder, tensorboard.open_events(folder / "tensorboard", start), _wandb(config, name))
+    log = RunLog(folder, tensorboard.open_events(folder / "tensorboard", start), _wandb(config, run_id))
     try:
         yield log
     finally:
@@ -164,7 +167,7 @@ def read_config(folder: Path) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"no run in {str(folder)!r} (no config.json): give the folder that `rpt train` wrote")
-    return settings_in(path, read_json(path, "config"))
+    return settings_in(path, read_object(path, "config"))
 
 
 def settings_in(path: Path, described: dict) -> Config:
@@ -184,7 +187,8 @@ def require_same_run(config: Config, identity: dict, start: int, folder: Path | 
     What may differ: FREE, FREE_INSIDE, and `steps` where neither schedule nor order of positions depend on it.
     """
     folder = Path(config.run_folder) if folder is None else folder
-    there = read_json(folder / "config.json", "config", "identity")
+    remedy = "put back the one that the run wrote, or choose another --run-folder"
+    there = read_object(folder / "config.json", "config", "identity", remedy=remedy)
     before = settings_in(folder / "config.json", there)  # settings since added: defaults
     old, new = _bound(to_dict(before)), _bound(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
@@ -251,12 +255,7 @@ def write_results(log: RunLog, config: Config) -> dict:
 
 def read_results(folder: Path) -> dict:
     """What write_results wrote; {} in processes other than 0, which may not see the folder."""
-    return read_json(Path(folder) / "results.json") if jax.process_index() == 0 else {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all."""
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
+    return read_object(Path(folder) / "results.json") if jax.process_index() == 0 else {}
 
 
 def require_wandb(config: Config) -> None:
@@ -267,13 +266,13 @@ def require_wandb(config: Config) -> None:
         )
 
 
-def _wandb(config, name):
+def _wandb(config, run_id):
     if not config.wandb:
         return None
     import wandb
 
     return wandb.init(
-        project="rpt_jax", name=config.name, id=name, resume="allow", dir=config.run_folder, config=to_dict(config)
+        project="rpt_jax", name=config.name, id=run_id, resume="allow", dir=config.run_folder, config=to_dict(config)
     )
 
 
@@ -295,15 +294,19 @@ def _bound(values: dict) -> dict:
 
 
 def _append(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_lines(rows))
 
 
 def _cut(path: Path, step: int | None) -> None:
     """Keeps the rows up to `step` updates; None: none."""
     if path.is_file():
         rows = [] if step is None else [row for row in read_rows(path) if row["step"] <= step]
-        _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(path, _lines(rows))
+
+
+def _lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
@@ -317,9 +320,3 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
     part.write_bytes(source.read_bytes())
     if part != target:
         part.replace(target)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

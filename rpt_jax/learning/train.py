@@ -89,6 +89,7 @@ def train(
     Raises InputError before anything is compiled or written, FloatingPointError for a loss or gradient that is not
     finite, with the last good checkpoint whole, and SystemExit after a SIGTERM or Ctrl-C, with all saved.
     """
+    # Longer than 40 lines: what is deleted on the way, to make room on the devices, no other frame may hold.
     model, params, tokenizer = policy
     config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh) if mesh is None else mesh
     ends = end_ids(tokenizer, config.sample.end_tokens)
@@ -195,17 +196,20 @@ def _host_state(stream, queue, spent) -> dict:
 def _continued(
     stream: Iterator[Position], host: dict, config: Config, start: int
 ) -> tuple[tuple[Position, ...], float]:
-    """(queue, FLOPs spent) as _host_state had them; sets the stream to where it stood. Raises InputError."""
+    """(queue, FLOPs spent) as _host_state had them; sets the stream to where it stood. Raises InputError.
+
+    Checkpoints from before these FLOPs were saved leave them to the rows of the run.
+    """
     try:
         stream.set_state(host["stream"])
         queue = tuple(Position(*values) for values in host["queue"])
-        spent = float(host["flops"]) if "flops" in host else flops_spent(Path(config.run_folder), start)
+        spent = float(host["flops"]) if "flops" in host else None
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"checkpoint {checkpoints.folder_of(config) / str(start)} does not say where the run stood "
             f"({type(error).__name__}: {error}): it is damaged, start the run anew"
         ) from error
-    return queue, spent
+    return queue, flops_spent(Path(config.run_folder), start) if spent is None else spent
 
 
 def _maybe_evaluate(run: Run, state: TrainState, step: int, evaluated: int, is_last: bool = False) -> None:
@@ -264,7 +268,7 @@ def with_rates(row: dict, model: ModelConfig) -> dict:
     """The row with its seconds, response tokens per second (of sampling alone and of the whole step), and matmul FLOPs.
 
     Sampling is counted with all rounds of dynamic sampling and the passes in which a reward is computed (flops_reward),
-    the update with the batch; padding with neither.
+    the update with the batch; padding with neither. `finite` is left out: a row is of an update that was made.
     """
     seconds = row["seconds_sample"] + row["seconds_reward"] + row["seconds_update"]
     group_size = row["sampled_rollouts"] // row["sampled_prompts"]

@@ -262,7 +262,10 @@ def moved_average(average: Params, params: Params, decay: Array | float) -> Para
 
 
 def require_finite(metrics: dict, step: int) -> None:
-    """Raises FloatingPointError for an update that apply_gradients refused; the state is still the last good one."""
+    """Raises FloatingPointError for an update that apply_gradients refused; the state is still the last good one.
+
+    step: the number of that update, from 1.
+    """
     if not metrics["finite"]:
         raise FloatingPointError(
             f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['gradient_norm'])}; the update "

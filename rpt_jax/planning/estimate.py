@@ -50,7 +50,7 @@ class PlanRun:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip that a slice is made of."""
+    """The chip that a slice is made of; raises InputError for one that CHIPS has not."""
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise InputError(f"topology={topology!r}: name a slice of {', '.join(CHIPS)}, such as v5p:4x4x4")

@@ -94,8 +94,7 @@ def bytes_on_chip(tree) -> int:
 def state_bytes(model: ModelConfig, config: UpdateConfig) -> int:
     """Of parameters and optimizer state, on all chips together."""
     params = decoder.shapes(model)
-    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
-    state = jax.eval_shape(update.make_optimizer(config, 1).init, wide)
+    state = _optimizer_state(update.make_optimizer(config, 1), params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
 
 
@@ -105,15 +104,20 @@ def train_state(job: Job) -> update.TrainState:
     shardings = param_shardings(job.mesh, decoder.logical_axes(job.model), shapes)
     params = jax.tree.map(_placed, shapes, shardings)
     optimizer = update.make_optimizer(job.update, 1)
-    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
     state = optax.tree.map_params(
         optimizer,
         _placed,
-        jax.eval_shape(optimizer.init, wide),
+        _optimizer_state(optimizer, shapes),
         shardings,
         transform_non_params=lambda x: _placed(x, replicated(job.mesh)),
     )
     return update.TrainState(params, state, spread(job, (), jnp.int32))
+
+
+def _optimizer_state(optimizer: optax.GradientTransformation, shapes):
+    """Its shapes: in float32, whatever dtype the parameters have."""
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
+    return jax.eval_shape(optimizer.init, wide)
 
 
 def sampling_params(job: Job):
@@ -246,8 +250,8 @@ def _moving(job: Job, S: int, width: int) -> tuple:
     def of(*shape, dtype=jnp.int32):
         return spread(job, (U, *shape), dtype, BATCH)
 
-    R, rollouts = S // width, job.batch_size // U * job.sample.group_size
-    moves = caches.Moves(of(R), of(R, T), of(R), of(S), of(S), of(S), of(S))
+    rows, rollouts = S // width, job.batch_size // U * job.sample.group_size
+    moves = caches.Moves(of(rows), of(rows, T), of(rows), of(S), of(S), of(S), of(S))
     return prefilled(job), of(rollouts, dtype=jax.random.key(0).dtype), moves
 
 
@@ -277,6 +281,8 @@ def _text(job: Job) -> Text | None:
 
 
 def _compiled(job: Job, lower, arguments: tuple, resident: int, cache=()) -> Memory:
+    if job.update.kl_coefficient:
+        resident += bytes_on_chip(train_state(job).params)  # the policy that the run began with
     with jax.set_mesh(job.mesh):
         lowered = lower(*arguments)
         try:
@@ -285,8 +291,6 @@ def _compiled(job: Job, lower, arguments: tuple, resident: int, cache=()) -> Mem
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Memory(*_too_much(str(error), arguments), resident, bytes_on_chip(cache))
-    if job.update.kl_coefficient:
-        resident += bytes_on_chip(train_state(job).params)  # the policy that the run began with
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes
     return Memory(*sizes, resident, bytes_on_chip(cache))

@@ -1,8 +1,8 @@
 """`rpt plan`: does an experiment fit on a TPU slice, and how long would it take? Before a chip is rented.
 
 In: an experiment and the name of a slice. Out: memory of each phase on one chip, as libtpu compiles it here without a
-TPU (phases.py), and an estimate of the seconds (estimate.py). Where it does not fit, also the nearest
-settings that do (search.py).
+TPU (phases.py), and an estimate of the seconds (estimate.py). Where it does not fit, also the nearest settings that do
+(search.py).
 """
 
 import contextlib
@@ -13,8 +13,12 @@ import os
 import time
 from collections.abc import Callable
 
+import jax
+from jax.experimental import topologies
+
 from rpt_jax.config import Config, MeshConfig
-from rpt_jax.planning import search
+from rpt_jax.mesh import make_mesh
+from rpt_jax.planning import phases, search
 from rpt_jax.planning.estimate import (
     PHASES,
     PlanRun,
@@ -69,15 +73,11 @@ def room(config: PlanRun) -> float:
 
 def least_gib(config: PlanRun) -> float:
     """Of parameters and optimizer state on a chip, if they were split evenly over all: no mesh needs less."""
-    from rpt_jax.planning import phases
-
     return phases.state_bytes(config.model, config.update) / search.chips_of(config.topology) / GIB
 
 
 def may_fit(config: PlanRun) -> bool:
     """Whether what lies on a chip while it samples, by shapes alone and with one group of rollouts a unit, fits."""
-    from rpt_jax.planning import phases
-
     if least_gib(config) > room(config):
         return False
     fewest = config.mesh.data * config.mesh.fsdp * config.sample.group_size
@@ -92,8 +92,6 @@ def may_fit(config: PlanRun) -> bool:
 @contextlib.contextmanager
 def _without_cache():
     """JAX's persistent cache off: a program for an absent chip cannot be read back."""
-    import jax
-
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -135,9 +133,6 @@ def _devices(topology: str) -> list:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu says that it has looked for them
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    import jax
-    from jax.experimental import topologies
-
     more = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
@@ -149,16 +144,11 @@ def _devices(topology: str) -> list:
 
 def _resolved(config: PlanRun) -> PlanRun:
     """With the sizes of the mesh as they are on this slice."""
-    from rpt_jax.mesh import make_mesh
-
     shape = make_mesh(config.mesh, _devices(config.topology)).shape
     return dataclasses.replace(config, mesh=MeshConfig(**shape))
 
 
-def _job(config: PlanRun):
-    from rpt_jax.mesh import make_mesh
-    from rpt_jax.planning import phases
-
+def _job(config: PlanRun) -> phases.Job:
     mesh = make_mesh(config.mesh, _devices(config.topology))
     return phases.Job(config.model, config.batch_size, config.prompt, config.sample, config.update, mesh)
 
@@ -168,8 +158,6 @@ def _measuring() -> Callable:
 
     Settings that a phase does not look at make no difference.
     """
-    from rpt_jax.planning import phases
-
     compiled = {}
 
     def compile_one(config, phase):
@@ -204,8 +192,6 @@ def _measuring() -> Callable:
 
 def _planned(config: PlanRun, measure: Callable, whole: bool) -> dict:
     """Figures of one mesh; unless `whole`, phases behind one that does not fit are left out."""
-    from rpt_jax.planning import phases
-
     if not may_fit(config):
         return _figures(config, {})
     peaks = {}
@@ -253,8 +239,6 @@ def _figures(config: PlanRun, peaks: dict) -> dict:
 
 def _nearest(config: PlanRun, figures: dict, measure: Callable) -> dict:
     """{nearest, tried, remedy} after a search of MOST compilations at most."""
-    from rpt_jax.planning import phases
-
     asked, before, tried = dataclasses.replace(config, choose_mesh=False), measure.compiled(), {}
 
     def fits(trial, phase):
@@ -281,8 +265,6 @@ def _nearest(config: PlanRun, figures: dict, measure: Callable) -> dict:
 
 def _largest(job) -> dict[str, float]:
     """The largest groups of arrays on a chip, GiB."""
-    from rpt_jax.planning import phases
-
     state = phases.train_state(job)
     decode = phases.decode_state(job, job.sample.max_tokens)
     groups = {

@@ -111,6 +111,7 @@ def chips_of(topology: str) -> int:
 
 
 def _meshes(config: PlanRun, chips: int) -> list[MeshConfig]:
+    """The candidates; none for a slice over which the settings do not divide."""
     try:
         return candidates(config, chips)
     except InputError:
@@ -135,7 +136,10 @@ def overrides(before: PlanRun, after: PlanRun) -> list[str]:
 
 
 def candidates(config: PlanRun, chips: int) -> list[MeshConfig]:
-    """Meshes that everything divides over, the fastest by estimate first; whether they fit is for the compiler."""
+    """Meshes that everything divides over, the fastest by estimate first; whether they fit is for the compiler.
+
+    Raises InputError where there is none.
+    """
     found = []
     for tensor in (size for size in range(1, config.model.heads + 1) if chips % size == 0):
         mesh = MeshConfig(data=1, fsdp=chips // tensor, tensor=tensor)

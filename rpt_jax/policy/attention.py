@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from rpt_jax.policy import splash
-from rpt_jax.policy.stream import LANES, Block, Stream
+from rpt_jax.policy.stream import LANES, Block, Stream, pick
 from rpt_jax.records import Array
 
 log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "xla", "splash", "interpret"]
 SCORES_AT_ONCE = {"cpu": 1 << 19}  # float32 scores of a stream's attention: what fits into a CPU's cache
-ELSEWHERE = 1 << 26
+SCORES_ELSEWHERE = 1 << 26
+UNSEEN = -1e30  # score of a key that a query does not see; finite, so that a query without keys makes no nan
 
 
 def attend(q_BHTC: Array, positions_BT: Array, sources: tuple) -> Array:
@@ -47,14 +48,14 @@ def _attend_source(q_BHTC, positions_BT, k_NKSC, v_NKSC, keys_NS):
     places_NGT = positions_BT.reshape(N, G, T)
     seen_NGTS = (keys_NS[:, None, None, :] >= 0) & (keys_NS[:, None, None, :] <= places_NGT[..., None])
     seen_NXS = jnp.repeat(seen_NGTS[:, :, None], H // K, axis=2).reshape(N, -1, S)
-    z_NKXS = jnp.where(seen_NXS[:, None], z_NKXS, -1e30)
+    z_NKXS = jnp.where(seen_NXS[:, None], z_NKXS, UNSEEN)
     top_NKX1 = jax.lax.stop_gradient(jnp.max(z_NKXS, axis=-1, keepdims=True))
     e_NKXS = jnp.exp(z_NKXS - top_NKX1)
     sums_NKX1 = jnp.sum(e_NKXS, axis=-1, keepdims=True)
     out_NKXC = jnp.einsum("nkxs,nksc->nkxc", e_NKXS.astype(v_NKSC.dtype), v_NKSC, preferred_element_type=jnp.float32)
 
-    def by_query(a_NKX):
-        return a_NKX.reshape(N, K, G, H // K, T, -1).swapaxes(1, 2).reshape(B, K, H // K, T, -1)
+    def by_query(a_NKXC):
+        return a_NKXC.reshape(N, K, G, H // K, T, -1).swapaxes(1, 2).reshape(B, K, H // K, T, -1)
 
     return by_query(top_NKX1), by_query(sums_NKX1), by_query(out_NKXC)
 
@@ -70,7 +71,7 @@ def attend_in_blocks(
     """
     outs = [_attend_of(implementation, block, q_UTHC, k_UTKC, v_UTKC, stream.positions_UT) for block in stream.blocks]
     U, _, H, C = q_UTHC.shape
-    return _pick(jnp.concatenate([out.reshape(U, -1, H, C) for out in outs], axis=1), stream.places_UT)
+    return pick(jnp.concatenate([out.reshape(U, -1, H, C) for out in outs], axis=1), stream.places_UT)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
@@ -89,7 +90,7 @@ def _attend_of(
             f"channels in multiples of {LANES}, not {Q}, {S} and {C} (aligned: {block.aligned}): use 'xla' or 'auto'"
         )
     if implementation == "xla":
-        at_once = max(1, SCORES_AT_ONCE.get(backend, ELSEWHERE) // (U * H * Q * S))
+        at_once = max(1, SCORES_AT_ONCE.get(backend, SCORES_ELSEWHERE) // (U * H * Q * S))
         gather = _softmax_attention
     else:
         at_once = max(1, splash.AT_ONCE // (2 * S * k_UTKC.shape[2] * C * k_UTKC.dtype.itemsize))
@@ -98,9 +99,9 @@ def _attend_of(
     @partial(jax.checkpoint, prevent_cse=False)
     def some(part):
         queries_UNQ, keys_UNS = part
-        places = [_pick(positions_UT, each.reshape(U, -1), -1).reshape(each.shape) for each in part]
-        q = _pick(q_UTHC, queries_UNQ.reshape(U, -1)).reshape(*queries_UNQ.shape, H, C)
-        k, v = (_pick(a, keys_UNS.reshape(U, -1)).reshape(*keys_UNS.shape, -1, C) for a in (k_UTKC, v_UTKC))
+        places = [pick(positions_UT, each.reshape(U, -1), -1).reshape(each.shape) for each in part]
+        q = pick(q_UTHC, queries_UNQ.reshape(U, -1)).reshape(*queries_UNQ.shape, H, C)
+        k, v = (pick(a, keys_UNS.reshape(U, -1)).reshape(*keys_UNS.shape, -1, C) for a in (k_UTKC, v_UTKC))
         return gather(q, k, v, *places)
 
     chunks = -(-B // at_once)
@@ -127,15 +128,9 @@ def _softmax_attention(q_UBQHC, k_UBSKC, v_UBSKC, queries_UBQ, keys_UBS):
     k, v = (a.transpose(0, 1, 3, 2, 4) for a in (k_UBSKC, v_UBSKC))
     z = jnp.einsum("ubkqc,ubksc->ubkqs", q, k, preferred_element_type=jnp.float32) * C**-0.5
     seen_UBQS = (keys_UBS[:, :, None, :] >= 0) & (keys_UBS[:, :, None, :] <= queries_UBQ[..., None])
-    z = jnp.where(jnp.tile(seen_UBQS, (1, 1, H // K, 1))[:, :, None], z, -1e30)
+    z = jnp.where(jnp.tile(seen_UBQS, (1, 1, H // K, 1))[:, :, None], z, UNSEEN)
     e = jnp.exp(z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True)))
     total = jnp.sum(e, axis=-1, keepdims=True)
     out = jnp.einsum("ubkqs,ubksc->ubkqc", e.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     out = out.reshape(U, B, K, H // K, Q, C).transpose(0, 1, 4, 2, 3, 5)
     return out.reshape(U, B, Q, H, C).astype(q_UBQHC.dtype)
-
-
-def _pick(array_UT, places_UX, nothing=None):
-    """[u, places_ux] of [U, T, ...]; past the end `nothing`, or anything where that is None."""
-    mode = "clip" if nothing is None else "fill"
-    return jax.vmap(lambda a, i: a.at[i].get(mode=mode, fill_value=nothing))(array_UT, places_UX)

@@ -14,8 +14,9 @@ import numpy as np
 from flax import struct
 
 from rpt_jax.mesh import copies_of_heads, laid_out
-from rpt_jax.policy.decoder import KeyValues
+from rpt_jax.policy.decoder import KeyValues, positions_from_lengths
 from rpt_jax.policy.slots import Seating
+from rpt_jax.policy.stream import pick
 from rpt_jax.records import Array
 
 
@@ -64,13 +65,12 @@ def in_place(before: Seating, moves: Moves) -> bool:
     )
 
 
-def at(array, places):
-    return array.at[places].get(mode="clip")
-
-
 @partial(jax.jit, static_argnums=(3, 4))
 def begin(prefilled: Prefilled, keys_UY: Array, moves: Moves, width: int, columns: int) -> DecodeState:
-    """The state of the first seating: empty caches."""
+    """The state of the first seating, with empty caches of so many columns.
+
+    keys_UY: of the rollouts of each unit. width: slots that share a row's prompt.
+    """
     (U, S), (L, _, _, K, C) = moves.rollouts_US.shape, prefilled.k_LUTKC.shape
     empty = jnp.zeros((L, U * S, K * copies_of_heads(K), columns, C), prefilled.k_LUTKC.dtype)
     cache = KeyValues(empty, empty, jnp.full((U * S, columns), -1, jnp.int32))
@@ -111,7 +111,7 @@ def move(
 
     def of_slots(a_B):
         """[B, ...] -> [U, S, ...] of the slots from which rollouts come."""
-        return jax.vmap(at)(a_B.reshape(U, -1, *a_B.shape[1:]), jnp.maximum(moves.sources_US, 0))
+        return pick(a_B.reshape(U, -1, *a_B.shape[1:]), jnp.maximum(moves.sources_US, 0))
 
     top = jnp.max(jnp.where(stays_US1[:, :, 0], moves.made_US, 0))
     tokens_USX = jnp.arange(columns)[None, None] - (top - moves.made_US[:, :, None])  # the newest is at top - 1
@@ -135,25 +135,25 @@ def move(
 
 def _first_hidden(prefilled: Prefilled, moves: Moves, width: int) -> Array:
     """What predicts the first token in each slot, [U, S, D]."""
-    return jnp.repeat(jax.vmap(at)(prefilled.last_UND, moves.prompts_UR), width, axis=1)
+    return jnp.repeat(pick(prefilled.last_UND, moves.prompts_UR), width, axis=1)
 
 
 def _state(prefilled, keys_UY, moves, width, cache, hidden, column) -> DecodeState:
     """Prompts copied to their rows, beside a cache for the seating."""
     U, R, T = moves.paths_URT.shape
-    places_URT = jnp.where(jnp.arange(T)[None, None] < moves.lengths_UR[:, :, None], jnp.arange(T)[None, None], -1)
 
     def of_rows(a_LUTKC):
-        a_LURTKC = jax.vmap(jax.vmap(at), (0, None))(a_LUTKC, moves.paths_URT)
+        a_LURTKC = jax.vmap(pick, (0, None))(a_LUTKC, moves.paths_URT)
         a_LRKTC = a_LURTKC.swapaxes(3, 4).reshape(len(a_LUTKC), U * R, -1, T, a_LUTKC.shape[-1])
         return jnp.repeat(a_LRKTC, copies_of_heads(a_LRKTC.shape[2]), axis=2)
 
     lengths_US = jnp.repeat(moves.lengths_UR, width, axis=1)
-    prompt = KeyValues(of_rows(prefilled.k_LUTKC), of_rows(prefilled.v_LUTKC), places_URT.reshape(U * R, T))
+    positions = positions_from_lengths(moves.lengths_UR.reshape(-1), T)  # [U * R, T]
+    prompt = KeyValues(of_rows(prefilled.k_LUTKC), of_rows(prefilled.v_LUTKC), positions)
     return DecodeState(
         prompt=_over_mesh(prompt),
         prompt_lengths_B=lengths_US.reshape(-1),
-        keys_B=jax.vmap(at)(keys_UY, moves.rollouts_US).reshape(-1),
+        keys_B=pick(keys_UY, moves.rollouts_US).reshape(-1),
         limits_B=moves.limits_US.reshape(-1),
         cache=_over_mesh(cache),
         column=column,

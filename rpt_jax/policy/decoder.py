@@ -1,9 +1,9 @@
 """The decoder: Llama, Qwen2/2.5 and Qwen3 by configuration; pure functions over explicit parameters and caches.
 
 In: token ids with the place of each token in its own sequence, and any keys and values computed before. Out: hidden
-states after the last norm, and the keys and values of these tokens. One function serves three uses: prefill (no
-context), decode (one token; context = the prompt's and the rollout's own cache), and training of G responses that
-share a prompt (context = the prompt's keys and values, differentiated through).
+states after the last norm, and the keys and values of these tokens. Three uses: whole sequences (no context), decode
+(one token; context = the prompt's and the rollout's own cache), and streams in which shared prefixes stand once
+(prefill, and training of G responses that share a prompt; stream.py).
 
 One mask source: a query at position q sees the keys with 0 <= position <= q of its own sequence; padding has -1.
 """
@@ -91,6 +91,8 @@ def project(x: Array, w: Array, axes: int = 1) -> Array:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + epsilon) * scale, float32 inside  [arXiv 1910.07467]."""
+
     epsilon: float
     param_dtype: str
 
@@ -163,16 +165,18 @@ class Layer(nn.Module):
         return project(jax.nn.silu(gate_BTF) * up_BTF, w_down)
 
 
-KEEP = jax.checkpoint_policies
-REMAT = {
+REMAT = {  # what is kept of a layer for its backward pass, besides its input
     "layer": None,
-    "dots": KEEP.save_from_both_policies(
-        KEEP.dots_with_no_batch_dims_saveable, KEEP.save_only_these_names("attended", "rotated")
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attended", "rotated"),
     ),
 }
 
 
 class Decoder(nn.Module):
+    """(hidden states after the final norm, keys and values of these tokens in every layer; of a stream, if `keep`)."""
+
     config: ModelConfig
     keep: bool = False
 
@@ -185,7 +189,7 @@ class Decoder(nn.Module):
             nn.initializers.normal(D**-0.5 if config.tied_head else 1.0), ("vocab", "embed")
         )
         embedding_VD = self.param("embedding", init, (V, D), dtype)
-        if not config.tied_head:
+        if not config.tied_head:  # made here, read by output_head
             self.param(
                 "head", nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", "vocab")), (D, V), dtype
             )
@@ -300,7 +304,7 @@ def output_head(params: Params, config: ModelConfig) -> Array:
 
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
-    """Next-token logits, float32 [..., V]; for a few positions only (decode): scoring goes through the kernel."""
+    """Next-token logits, float32 [..., V]; for a few positions at a time: given tokens are scored by the kernel."""
     product = "...d,vd->...v" if config.tied_head else "...d,dv->...v"
     return jnp.einsum(product, hidden, output_head(params, config), preferred_element_type=jnp.float32)
 

@@ -7,7 +7,10 @@ from rpt_jax.records import Array, Params
 
 
 def fingerprint(tree: Params) -> str:
-    """Eight hex digits from every bit of the arrays, the same however they lie on devices (integer sums)."""
+    """Eight hex digits from every bit of the arrays, the same however they lie on devices (integer sums).
+
+    With several processes all call it: the sums run over all devices.
+    """
     return f"{int(_bit_sum(tree)):08x}"
 
 

@@ -12,6 +12,7 @@ Resuming. Parts of the artefact appear whole or not at all, and those that are t
 what a part depends on, so a folder begun with another proxy, corpus size or setting is refused.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rpt_jax.agreement import in_first_process, require_agreement, together
 from rpt_jax.config import ModelConfig, PositionConfig
 from rpt_jax.corpus.documents import Documents
 from rpt_jax.corpus.positions import (
@@ -33,7 +35,7 @@ from rpt_jax.corpus.positions import (
     written_parts,
 )
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.mesh import batch_sharding, place, to_host
+from rpt_jax.mesh import batch_sharding, laid_out, place, to_host
 from rpt_jax.policy import decoder
 from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.policy.stream import padded_length
@@ -101,27 +103,30 @@ def annotate(
     Raises InputError where tokenizer, model, settings or what is in the folder do not fit together, and
     FloatingPointError when the proxy gives an entropy that is not finite.
     """
+    # Over 40 lines for its arguments and what they mean; the work is done by what it calls.
     _check(model, tokenizer, config, banned_ids)
-    is_writer, total = jax.process_index() == 0, len(documents)
-    if is_writer:
-        made_by = {"parameters": fingerprint(params), "window": config.window, "banned_ids": sorted(banned_ids)}
-        size = {"documents": total, "part_documents": part_documents}
-        write_header(folder, make_header(tokenizer, config, proxy) | made_by | size)
-    written = written_parts(folder)
-    _check_written(folder, written, documents, part_documents)
+    total = len(documents)
+    made_by = {"parameters": fingerprint(params), "window": config.window, "banned_ids": sorted(banned_ids)}
+    size = {"documents": total, "part_documents": part_documents}
+    header = make_header(tokenizer, config, proxy) | made_by | size
+    in_first_process(lambda: write_header(folder, header))
+    with together():
+        written = written_parts(folder)
+        _check_written(folder, written, documents, part_documents)
+    require_agreement({"set of annotated parts": repr(written)})
     report = progress or (lambda done, total: None)
     settings = model, config.top_candidates, config.renormalise, tuple(banned_ids), token_chunk
 
     def run(*batch):
-        return to_host(predict(params, *settings, *(place(batch, batch_sharding(mesh)) if mesh else batch)))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return to_host(predict(params, *settings, *(place(batch, batch_sharding(mesh)) if mesh else batch)))
 
     for part, start in enumerate(range(0, total, part_documents)):
         stop = min(start + part_documents, total)
         if part not in written:
             kept = [_unpredicted(*documents[i], model.vocab_size) for i in range(start, stop)]
             _fill(kept, run, config, mesh, lambda done, start=start: report(start + done, total))
-            if is_writer:
-                write_annotated(folder, part, kept)
+            in_first_process(functools.partial(write_annotated, folder, part, kept))
         report(stop, total)
 
 
@@ -148,7 +153,10 @@ def _fill(kept: Sequence[Annotated], run: Callable, config: PositionConfig, mesh
             places = slice(row.first - row.start - 1, row.stop - row.start)
             there.entropies_T[targets], there.argmaxes_T[targets] = entropies_BT[b, places], argmaxes_BT[b, places]
             if not np.isfinite(there.entropies_T[targets]).all():
-                raise FloatingPointError(f"{there.name}: the proxy's entropy is not finite; its parameters are broken")
+                raise FloatingPointError(
+                    f"{there.name}: an entropy among tokens {row.first} to {row.stop} is not finite: the proxy's "
+                    "parameters are broken, give another policy"
+                )
             waiting[row.document] -= 1
         report(int(np.sum(waiting == 0)))
 
@@ -210,7 +218,9 @@ def predict(
 
 def candidates(logits_BTV: Array, top: int, renormalise: bool) -> tuple[Array, Array]:
     """(entropies_BT, argmaxes_BT): -sum p log p over the `top` most probable tokens; of equal ones the lowest id."""
-    # The barrier is for speed alone: with the slice below right behind top_k, XLA on CPU sorts whole rows instead.
+    # Rows whole: where their vocabulary is spread over devices, XLA ends the process at the barrier. That is for speed
+    # alone: with the slice below right behind top_k, XLA on CPU sorts whole rows instead.
+    logits_BTV = laid_out(logits_BTV, "batch")
     best_BTZ, tokens_BTZ = jax.lax.optimization_barrier(jax.lax.top_k(logits_BTV, min(top, logits_BTV.shape[-1])))
     among = best_BTZ if renormalise else logits_BTV
     logp_BTZ = best_BTZ - jax.nn.logsumexp(among, axis=-1, keepdims=True)
@@ -241,17 +251,16 @@ def _check(model: ModelConfig, tokenizer: Tokenizer, config: PositionConfig, ban
 
 
 def _check_written(folder: str | Path, written: Sequence[int], documents: Source, part_documents: int) -> None:
-    """Compares the last document of every part that is there with the source's; the header vouches for the rest."""
+    """Compares all documents of the parts that are there with the source's; the header vouches for their number."""
     if not written:
         return
-    there, record = open_annotated(folder), -1
+    there, places = iter(open_annotated(folder)), range(len(documents))
     for part in written:
-        stop = min((part + 1) * part_documents, len(documents))
-        record += stop - part * part_documents
-        document, name, tokens_T = documents[stop - 1]
-        old = there[record] if record < len(there) else None
-        if old is None or old.document != document or not np.array_equal(old.tokens_T, tokens_T):
-            raise InputError(
-                f"{folder}: part {part} was made from other documents than those given now ({name} differs): give the "
-                "same corpus to continue it, or another folder"
-            )
+        for i in places[part * part_documents : (part + 1) * part_documents]:
+            document, name, tokens_T = documents[i]
+            old = next(there, None)
+            if old is None or old.document != document or not np.array_equal(old.tokens_T, tokens_T):
+                raise InputError(
+                    f"{folder}: part {part} was made from other documents than those given now ({name} differs): give "
+                    "the same corpus to continue it, or another folder"
+                )

@@ -29,11 +29,11 @@ from rpt_jax.mesh import (
     to_host,
 )
 from rpt_jax.policy import decoder
-from rpt_jax.policy.caches import DecodeState, Moves, Prefilled, at, begin, in_place, move, refill
+from rpt_jax.policy.caches import DecodeState, Moves, Prefilled, begin, in_place, move, refill
 from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.draw import draw
 from rpt_jax.policy.slots import Look, Seating, first_seating, next_seating, worth_a_look
-from rpt_jax.policy.stream import Stream, packed_prompts
+from rpt_jax.policy.stream import Stream, packed_prompts, pick
 from rpt_jax.records import Array, Params, Prompts, Rollouts
 
 FIRST_CACHE = 64  # columns; doubled when too few
@@ -60,6 +60,8 @@ def sample(
 
     stop: asked by the host after each call of the decoder about the tokens of each rollout so far, int32 [R]; where it
     says yes the rollout ends there, as with an end token. That is up to `sampling.tokens_per_call` tokens late.
+
+    Raises InputError for prompts that do not divide over data and fsdp.
     """
     params = decoder.gathered(params, model)
     mesh = mesh_of(params)
@@ -210,7 +212,7 @@ def prefill(params: Params, model: ModelConfig, stream: Stream, lasts_UN: Array)
     with jax.named_scope("prefill"):
         hidden_UTD, kv = decoder.prefill_stream(params, model, stream)
     k_LUTKC, v_LUTKC = (laid_out(a, "layers", "batch", None, "kv_heads") for a in kv)
-    return Prefilled(k_LUTKC, v_LUTKC, jax.vmap(at)(hidden_UTD, lasts_UN))
+    return Prefilled(k_LUTKC, v_LUTKC, pick(hidden_UTD, lasts_UN))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=4)
@@ -224,8 +226,8 @@ def decode(
 ) -> tuple[DecodeState, Array, Array, Array, Array]:
     """(state, steps made, tokens_XB, logprobs_XB, counts_B): up to X more tokens for every slot.
 
-    X is `sampling.tokens_per_call`; fewer if `look` says so or the cache is full, but one at least. Of
-    a slot's column the first counts_B are its own.
+    X is `sampling.tokens_per_call`; fewer if `look` says so or the cache is full, but one at least. Of a slot's column
+    the first counts_B are its own.
     """
     X, B, columns = sampling.tokens_per_call, *state.cache.positions_BS.shape
 
@@ -239,21 +241,7 @@ def decode(
     def one_token(carry):
         index, state, tokens_XB, logprobs_XB, counts_B = carry
         alive_B = state.alive_B
-        logits_BV = decoder.logits(params, model, state.hidden_BD)
-        drawn_B, logprobs_B = draw(logits_BV, jax.vmap(jax.random.fold_in)(state.keys_B, state.made_B), sampling)
-        tokens_B = jnp.where(alive_B, drawn_B, 0)
-        ended_B = jnp.any(tokens_B[:, None] == jnp.array(end_ids, jnp.int32)[None, :], axis=1)
-        positions_B1 = jnp.where(alive_B, state.prompt_lengths_B + state.made_B, -1)[:, None]
-        seen = (state.prompt, state.cache)
-        hidden_B1D, kv = decoder.forward(params, model, tokens_B[:, None], positions_B1, seen)
-        made_B = state.made_B + alive_B
-        state = state.replace(
-            cache=_write(state.cache, kv, state.column),
-            column=(state.column + 1) % columns,
-            hidden_BD=hidden_B1D[:, 0],
-            made_B=made_B,
-            alive_B=alive_B & ~ended_B & (made_B < state.limits_B),
-        )
+        state, tokens_B, logprobs_B = _one_token(params, model, sampling, end_ids, state)
         tokens_XB, logprobs_XB = tokens_XB.at[index].set(tokens_B), logprobs_XB.at[index].set(logprobs_B)
         return index + 1, state, tokens_XB, logprobs_XB, counts_B + alive_B
 
@@ -261,6 +249,26 @@ def decode(
     with jax.named_scope("decode"):
         steps, state, *drawn = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), state, *empty))
     return state, steps, *drawn
+
+
+def _one_token(params, model, sampling, end_ids, state) -> tuple[DecodeState, Array, Array]:
+    """(the state with one more token in every living slot, tokens_B, logprobs_B); in the others 0 and anything."""
+    alive_B = state.alive_B
+    logits_BV = decoder.logits(params, model, state.hidden_BD)
+    drawn_B, logprobs_B = draw(logits_BV, jax.vmap(jax.random.fold_in)(state.keys_B, state.made_B), sampling)
+    tokens_B = jnp.where(alive_B, drawn_B, 0)
+    ended_B = jnp.any(tokens_B[:, None] == jnp.array(end_ids, jnp.int32)[None, :], axis=1)
+    positions_B1 = jnp.where(alive_B, state.prompt_lengths_B + state.made_B, -1)[:, None]
+    hidden_B1D, kv = decoder.forward(params, model, tokens_B[:, None], positions_B1, (state.prompt, state.cache))
+    made_B = state.made_B + alive_B
+    state = state.replace(
+        cache=_write(state.cache, kv, state.column),
+        column=(state.column + 1) % state.cache.positions_BS.shape[1],
+        hidden_BD=hidden_B1D[:, 0],
+        made_B=made_B,
+        alive_B=alive_B & ~ended_B & (made_B < state.limits_B),
+    )
+    return state, tokens_B, logprobs_B
 
 
 def _write(cache: KeyValues, new: KeyValues, column: Array) -> KeyValues:

@@ -74,11 +74,11 @@ def score_greedy(params: Params, model: ModelConfig, stream: Stream, token_chunk
     U, X, D = hidden_UXD.shape
     some = math.gcd(X, token_chunk or GREEDY_CHUNK)
 
-    def best(hidden_UCD):
-        return jnp.argmax(logits(params, model, hidden_UCD), axis=-1).astype(jnp.int32)
+    def best(hidden_UXD):
+        return jnp.argmax(logits(params, model, hidden_UXD), axis=-1).astype(jnp.int32)
 
-    best_JUC = jax.lax.map(best, hidden_UXD.reshape(U, X // some, some, D).swapaxes(0, 1))
-    return out.logprob, best_JUC.swapaxes(0, 1).reshape(U, X) == stream.targets_UX
+    best_JUX = jax.lax.map(best, hidden_UXD.reshape(U, X // some, some, D).swapaxes(0, 1))
+    return out.logprob, best_JUX.swapaxes(0, 1).reshape(U, X) == stream.targets_UX
 
 
 def score_tokens(

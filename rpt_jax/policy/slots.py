@@ -82,6 +82,7 @@ def worth_a_look(now: Seating, waiting: Sequence[list[int]], first: int) -> Look
 
 
 def _refill(slots: int) -> int:
+    """Free slots from which on it pays to seat those that wait."""
     return -(-slots // 8)
 
 

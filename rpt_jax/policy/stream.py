@@ -1,4 +1,4 @@
-"""Sequences that share prefixes as one stream in which every token stands once; how the scorer and the update run.
+"""Sequences that share prefixes as one stream in which every token stands once; how prefill, scorer and update run.
 
 In: prompts and their responses. Out: `Stream`, the live tokens in a row with the lists that attention needs. All that
 works token by token (embedding, projections, MLP, norms, head) runs over the stream, without padding and with each
@@ -25,7 +25,8 @@ from rpt_jax.records import Array
 
 QUERIES = {"tpu": 512}  # of a block, at most
 QUERIES_ELSEWHERE = 64
-FEWEST_KEYS = LANES = 128  # places for keys of a block: lengths below are not told apart; and a TPU's lanes
+LANES = 128  # of a TPU: its kernels take whole multiples
+FEWEST_KEYS = 128  # places for keys of a block: lengths below are not told apart
 FEWEST_PLACES = 64  # of a prompt, likewise
 
 
@@ -65,10 +66,10 @@ def padded(prompt_tokens_NT: Array, prompt_lengths_N: Array, tokens_NGR: Array, 
     def every(array):
         return jnp.broadcast_to(jnp.asarray(array, jnp.int32)[None], (N, *np.shape(array)))
 
-    places_NP, places_NGR = jnp.arange(P)[None, :], jnp.arange(R)[None, None, :]
-    prompts_NP = jnp.where(places_NP < prompt_lengths_N[:, None], places_NP, -1)
-    live_NGR = places_NGR < lengths_NG[:, :, None]
-    responses_NGR = jnp.where(live_NGR, prompt_lengths_N[:, None, None] + places_NGR, -1)
+    places_1P, places_11R = jnp.arange(P)[None, :], jnp.arange(R)[None, None, :]
+    prompts_NP = jnp.where(places_1P < prompt_lengths_N[:, None], places_1P, -1)
+    live_NGR = places_11R < lengths_NG[:, :, None]
+    responses_NGR = jnp.where(live_NGR, prompt_lengths_N[:, None, None] + places_11R, -1)
     predictors_NGR = every(predictors_GR).at[:, :, 0].set(prompt_lengths_N[:, None].astype(jnp.int32) - 1)
     return Stream(
         tokens_UT=jnp.concatenate([prompt_tokens_NT, tokens_NGR[:, :, :kept].reshape(N, -1)], axis=1),
@@ -113,7 +114,9 @@ def packed(
     return _packed(prompt_tokens_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units, queries)[0]
 
 
-def packed_prompts(prompt_tokens_NT: np.ndarray, prompt_lengths_N: np.ndarray, units: int = 1, queries: int = 0):
+def packed_prompts(
+    prompt_tokens_NT: np.ndarray, prompt_lengths_N: np.ndarray, units: int = 1, queries: int = 0
+) -> tuple[Stream, np.ndarray]:
     """(the stream of prompts alone, paths_UNT: the place in it of each prompt's tokens, the first repeated behind)."""
     N, T = len(prompt_lengths_N), padded_length(max(FEWEST_PLACES, int(prompt_lengths_N.max())))
     nothing_NGR = np.zeros((N, 1, 0), np.int32)
@@ -183,18 +186,18 @@ def _unit(prompts: Sequence[np.ndarray], responses: Sequence[Sequence[np.ndarray
         before, path = prompts[n], append(path[:shared], prompts[n][shared:], 0)
         paths[n] = path
     prompt_tokens = size
-    places_Y, made = np.full((len(prompts), len(responses[0]), R), -1, np.int32), 0
-    for n, g in np.ndindex(*places_Y.shape[:2]):
+    places_NGR, made = np.full((len(prompts), len(responses[0]), R), -1, np.int32), 0
+    for n, g in np.ndindex(*places_NGR.shape[:2]):
         response = responses[n][g]
         if len(response):
             whole = append(paths[n], response[:-1], 1)
             predictors.append(whole[len(paths[n]) - 1 :])
             targets.append(response)
-            places_Y[n, g, : len(response)] = made + np.arange(len(response))
+            places_NGR[n, g, : len(response)] = made + np.arange(len(response))
             made += len(response)
     joined = (np.concatenate([np.zeros(0, np.int32), *parts]) for parts in (tokens, positions, predictors, targets))
     tokens_T, positions_T, predictors_X, targets_X = joined
-    return _Unit(tokens_T, positions_T, blocks, predictors_X, targets_X, places_Y.ravel(), paths, prompt_tokens)
+    return _Unit(tokens_T, positions_T, blocks, predictors_X, targets_X, places_NGR.ravel(), paths, prompt_tokens)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -227,8 +230,17 @@ def _to(line: np.ndarray, length: int, value: int) -> np.ndarray:
     return np.pad(line, (0, length - len(line)), constant_values=value).astype(np.int32)
 
 
+def pick(array_UT: Array, places_UX: Array, nothing: int | None = None) -> Array:
+    """[u, places_ux] of [U, T, ...]; past the end `nothing`, or anything where that is None."""
+    mode = "clip" if nothing is None else "fill"
+    return jax.vmap(lambda a, i: a.at[i].get(mode=mode, fill_value=nothing))(array_UT, places_UX)
+
+
 def padded_length(tokens: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds so many tokens: few shapes, a third of padding at most."""
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds so many tokens: few shapes, little padding.
+
+    From 16 tokens, less than a third of it is padding.
+    """
     power = 16
     while power < tokens:
         power *= 2
@@ -236,7 +248,7 @@ def padded_length(tokens: int) -> int:
 
 
 def deal(loads_N: np.ndarray, documents_N: np.ndarray, bins: int) -> np.ndarray:
-    """Prompts for each of `bins` units, N / bins each, of like total load; int [bins, N / bins].
+    """Prompts for each of `bins` units, which divide N, of like total load; int [bins, N / bins].
 
     Positions of one document stay together where there is room, since they share it. The heaviest documents choose
     first, each the lightest unit.

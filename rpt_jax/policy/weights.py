@@ -24,8 +24,9 @@ from jax.experimental import multihost_utils
 
 from rpt_jax import mesh
 from rpt_jax.config import ModelConfig
+from rpt_jax.json_file import read_object
 from rpt_jax.policy import decoder
-from rpt_jax.policy.weights_config import config_json, read_json
+from rpt_jax.policy.weights_config import config_json
 from rpt_jax.records import Array, InputError, Params, words_of
 
 # Of each leaf of ours: the name of theirs, and for each axis of theirs, which axes of ours (L left out) it merges.
@@ -121,7 +122,7 @@ def load_weights(folder: str | Path, model: ModelConfig, shardings: Params | Non
 
     A device reads its own part of each tensor, one tensor after the other, and a tensor lies in its place before the
     next is read: beside the parameters themselves host memory holds the parts of one tensor and BLOCK_BYTES.
-    Raises InputError, before anything is read, when the tensors are not exactly those that the model needs.
+    Raises InputError, before a parameter is made, when the tensors are not exactly those that the model needs.
     """
     arrays, staging = {}, _aligned_empty(0)
     with contextlib.ExitStack() as stack:
@@ -214,7 +215,7 @@ def stored_dtype(folder: str | Path) -> str:
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict:
     """The open file of each tensor by the tensor's name."""
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
+        places = read_object(folder / INDEX, remedy="download it again").get("weight_map")
         named = places.values() if isinstance(places, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name and 0 < len(name) < 200 for name in named):
             raise InputError(f"{folder / INDEX}: no weight_map of tensors to files beside it: download it again")
@@ -300,8 +301,7 @@ def save_weights(
     require_new_folder(folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_weights")  # nobody writes before all have looked
-    leaves = _leaves(model)
-    itemsize = np.dtype(model.param_dtype).itemsize
+    leaves, itemsize = _leaves(model), np.dtype(model.param_dtype).itemsize
     sizes = {name: math.prod(leaf.shape) * itemsize for leaf in leaves for name in leaf.names}
     files = _split(sizes, file_bytes)
     mine = jax.process_index() == 0

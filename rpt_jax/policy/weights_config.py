@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from rpt_jax.config import ModelConfig, RopeScaling
-from rpt_jax.json_file import parsed_text
+from rpt_jax.json_file import read_object
 from rpt_jax.records import InputError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -47,9 +47,9 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises InputError for another family and for settings that the decoder does not compute.
     """
     file = Path(folder) / "config.json"
-    values = read_json(file)
+    values = read_object(file, remedy="give a whole folder of config.json and .safetensors files")
     family = values.get("model_type")
-    if family not in tuple(ARCHITECTURES):
+    if family not in tuple(ARCHITECTURES):  # a tuple: the file may hold a list, which no dict can look up
         raise InputError(f"{file}: model_type={family!r}: choose a model of type {', '.join(ARCHITECTURES)}")
     _refuse_unknown(values, file)
     get = functools.partial(_get, values, file)
@@ -76,19 +76,6 @@ def read_config(folder: str | Path) -> ModelConfig:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     return model
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; raises InputError that names it."""
-    try:
-        values = parsed_text(file.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"no {file}: give a folder with config.json and .safetensors files") from error
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}): download it again") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(values).__name__}: download it again")
-    return values
 
 
 def _get(values: dict, file: Path, key: str, kind: type, default=None):

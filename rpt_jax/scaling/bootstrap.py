@@ -34,7 +34,7 @@ laws of alpha, a = A / Cmin^alpha and P* over a factor of 40 in compute; offsets
 Percentiles of laws refitted to seeds drawn with replacement hold P* in 82 % of the last but one, where bases differ
 most, and in 97 % of milder ones.
 
-Axes as in power_law.py.
+Axes as in power_law.py, and S seeds.
 """
 
 import numpy as np
@@ -80,7 +80,7 @@ def simulate(cells: Cells, y_N: np.ndarray, fitted_N: np.ndarray, M: int, rng: n
 
 
 def intervals(cells: Cells, y_N: np.ndarray, law: Law, sets: int, rng: np.random.Generator) -> dict[str, Interval]:
-    """95 % intervals of A, alpha and P*; an end is None where the data set none."""
+    """95 % intervals of A, alpha and P*; an end is None where the data set none, of P* then 0 or 1."""
     alpha, missing, ceiling = (float(part[0]) for part in (law.alpha_M, law.missing_M, law.ceiling_M))
     fitted_N = power_law.law_at(cells, alpha, missing, ceiling, cells.compute_N)
     y_MN = simulate(cells, y_N, fitted_N, sets, rng)

@@ -100,8 +100,8 @@ def _curve(path: Path, size: str, split: str, rows: Sequence[tuple[int, dict]], 
         try:
             compute = float(row["flops_sample"]) + float(row["flops_update"])
             accuracy, positions = float(row[f"{split}.{figure}"]), float(row[f"{split}.positions"])
-            error = float(row.get(f"{split}.standard_error") or 0) if figure == "reasoning" else 0.0
-            columns.append((compute, accuracy, draws(accuracy, positions, error), float(row["steps"])))
+            standard_error = float(row.get(f"{split}.standard_error") or 0) if figure == "reasoning" else 0.0
+            columns.append((compute, accuracy, draws(accuracy, positions, standard_error), float(row["steps"])))
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}:{number}: {split} cannot be read ({error}): mend or delete the row") from error
         are_numbers = all(0 <= each < MOST for each in (positions, *columns[-1]))

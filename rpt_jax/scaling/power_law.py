@@ -81,14 +81,13 @@ def fit_law(cells: Cells, y_MN: np.ndarray) -> Law:
 
 def best_law(cells: Cells, y_MN: np.ndarray, weights_MN: np.ndarray) -> Law:
     """The law with the least weighted squares: over all trial alphas, then over a finer grid around the best one."""
-    M = np.arange(len(y_MN))
     squares_MJ, _, _ = _given_shape(y_MN, weights_MN, _shapes(cells, ALPHAS_J))
     best_M = squares_MJ.argmin(axis=1)
     steps = np.log(ALPHAS_J[1] / ALPHAS_J[0]) * np.linspace(-1, 1, 41)
     alpha_MJ = np.clip(ALPHAS_J[best_M][:, None] * np.exp(steps), LOWEST, HIGHEST)
     x_MJN = cells.ratios_N ** -alpha_MJ[:, :, None]
     squares_MJ, missing_MJ, ceiling_MJ = _given_shape(y_MN, weights_MN, x_MJN)
-    at = (M, squares_MJ.argmin(axis=1))
+    at = (np.arange(len(y_MN)), squares_MJ.argmin(axis=1))
     return Law(alpha_MJ[at], missing_MJ[at], ceiling_MJ[at], squares_MJ[at], weights_MN)
 
 
@@ -146,17 +145,17 @@ def _shapes(cells: Cells, alpha_J: np.ndarray) -> np.ndarray:
     return cells.ratios_N ** -np.asarray(alpha_J)[:, None]
 
 
-def _given_shape(y_MN: np.ndarray, weights_MN: np.ndarray, x_N: np.ndarray):
+def _given_shape(y_MN: np.ndarray, weights_MN: np.ndarray, x: np.ndarray):
     """(squares, a, P*), each [M, J], of the best P* + a x with a <= 0 and 0 <= P* <= 1; x is [J, N] or [M, J, N].
 
     A convex problem: its solution is that without bounds if it keeps them, or else the best point of a bound.
     """
     wy_MN = weights_MN * y_MN
-    if x_N.ndim == 2:
-        x_MJ, xx_MJ, xy_MJ = weights_MN @ x_N.T, weights_MN @ (x_N**2).T, wy_MN @ x_N.T
+    if x.ndim == 2:
+        x_MJ, xx_MJ, xy_MJ = weights_MN @ x.T, weights_MN @ (x**2).T, wy_MN @ x.T
     else:
         x_MJ, xx_MJ, xy_MJ = (
-            np.einsum("mn,mjn->mj", w, x) for w, x in ((weights_MN, x_N), (weights_MN, x_N**2), (wy_MN, x_N))
+            np.einsum("mn,mjn->mj", w_MN, of_MJN) for w_MN, of_MJN in ((weights_MN, x), (weights_MN, x**2), (wy_MN, x))
         )
     total_M1, y_M1 = weights_MN.sum(axis=1, keepdims=True), wy_MN.sum(axis=1, keepdims=True)
     yy_M1 = (wy_MN * y_MN).sum(axis=1, keepdims=True)

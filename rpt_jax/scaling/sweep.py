@@ -58,7 +58,8 @@ class SweepSettings:
 def sweep(experiment: str, settings: SweepSettings) -> dict:
     """Runs what is left; returns {cells, done, failed, left, seconds, results}, of cells or, with stages_only, stages.
 
-    Also `signal`, its number, where one has told the sweep to stop; of print_xpk {commands} alone.
+    Also `signal`, its number, where one has told the sweep to stop; of print_xpk {commands} alone, of `cell` its row.
+    Raises InputError for an experiment file, results or a table that cannot be used, and a cell that is not there.
     """
     if not experiment:
         raise InputError("sweep: name the experiment file, rpt sweep EXPERIMENT.py")
@@ -135,10 +136,7 @@ def write_table(state: Sweep) -> None:
         for cell in state.cells:
             rows |= {cell.name: row} if (row := sweep_cell.read_result(state.folder, "cells", cell.name)) else {}
         order = [cell.name for cell in state.cells]
-        ordered = [
-            rows[name]
-            for name in sorted(rows, key=lambda name: (name not in order, name in order and order.index(name)))
-        ]
+        ordered = [rows[name] for name in dict.fromkeys([*order, *rows]) if name in rows]
         if not ordered:
             return
         state.results.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,8 @@ from rpt_jax import mesh as meshes
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.experiment_file import called, load_module
-from rpt_jax.json_file import parsed
-from rpt_jax.learning import run_folder, train
+from rpt_jax.json_file import read_object, write_json
+from rpt_jax.learning import run_folder, run_rows, train
 from rpt_jax.learning.inputs import Inputs
 from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError
@@ -118,19 +118,14 @@ def read_result(folder: Path, kind: Kind, name: str) -> dict | None:
     path = result_file(folder, kind, name)
     if not path.is_file():
         return None
-    try:
-        result = parsed(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): delete it to run {name} again") from error
-    if not isinstance(result, dict) or result.get("status") not in ("done", "failed"):
+    result = read_object(path, remedy=f"delete it to run {name} again")
+    if result.get("status") not in ("done", "failed"):
         raise InputError(f"{path} is no result of a sweep: delete it to run {name} again")
     return result
 
 
 def write_result(folder: Path, kind: Kind, name: str, result: dict) -> None:
-    path = result_file(folder, kind, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(path, result)
+    write_json(result_file(folder, kind, name), result)
 
 
 def fingerprint(config: Config) -> str:
@@ -156,7 +151,7 @@ def row_of_run(cell: Cell) -> dict:
     """The figures of a finished run: accuracies by split, FLOPs really spent, seconds, commit."""
     folder = Path(cell.config.run_folder)
     evaluation = run_folder.read_results(folder)["evaluation"]
-    rows = run_folder.read_rows(folder / "metrics.jsonl")
+    rows = run_rows.read_rows(folder / "metrics.jsonl")
     splits = {name: figures for name, figures in evaluation.items() if isinstance(figures, dict)}
     if not splits:
         raise InputError(f"{cell.name} was not evaluated: set evaluate.annotated to held-out documents")

@@ -87,8 +87,7 @@ def score_pairs(
         progress: called with (batches done, batches in all).
     """
     groups, places = _grouped(pairs)
-    parts = 1 if mesh is None else batch_parts(mesh)
-    size = max(1, min(batch_size, -(-len(groups) // parts) * parts))
+    size = rows_of_batch(len(groups), batch_size, mesh)
     total = -(-len(groups) // size)
     scored: list[list[Scored]] = [[]] * len(groups)
     order = sorted(range(len(groups)), key=lambda n: (len(groups[n].context), groups[n].context))
@@ -96,11 +95,17 @@ def score_pairs(
         preemption.passing()
         rows = order[start : start + size]
         filled = [groups[row] for row in np.resize(rows, size)]
-        results = _score_batch(params, model, filled, parts, mesh, token_chunk)
+        results = _score_batch(params, model, filled, mesh, token_chunk)
         for row, result in zip(rows, results, strict=False):
             scored[row] = result
         progress(done, total)
     return [scored[group][member] for group, member in places]
+
+
+def rows_of_batch(count: int, most: int, mesh: Mesh | None) -> int:
+    """Rows of a batch where there are `count` in all: `most`, or if they are fewer what divides over the mesh."""
+    parts = 1 if mesh is None else batch_parts(mesh)
+    return max(1, min(most, -(-count // parts) * parts))
 
 
 def _grouped(pairs) -> tuple[list[Group], list[tuple[int, int]]]:
@@ -121,21 +126,21 @@ def _grouped(pairs) -> tuple[list[Group], list[tuple[int, int]]]:
     return groups, places
 
 
-def _score_batch(params, model, groups, units, mesh, token_chunk) -> list[list[Scored]]:
+def _score_batch(params, model, groups, mesh, token_chunk) -> list[list[Scored]]:
     prompts_NT, prompt_lengths_N = padded_rows([group.context for group in groups])
     G = max(1, *(len(group.continuations) for group in groups))
     ids = [each for group in groups for each in [*group.continuations, *[[]] * (G - len(group.continuations))]]
     tokens_BR, lengths_B = padded_rows(ids)
     tokens_NGR, lengths_NG = tokens_BR.reshape(len(groups), G, -1), lengths_B.reshape(-1, G)
+    units = 1 if mesh is None else batch_parts(mesh)
     stream = packed(prompts_NT, prompt_lengths_N, tokens_NGR, lengths_NG, units)
-    places_NGR = stream.places_UY.reshape(units, -1)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         placed = stream if mesh is None else place(stream, batch_sharding(mesh))
         logprobs_UX, greedy_UX = to_host(_score(params, placed, model=model, token_chunk=token_chunk))
 
     def in_place(values_UX, nothing):
         filled_UX = np.pad(values_UX, ((0, 0), (0, 1)), constant_values=nothing)
-        return np.take_along_axis(filled_UX, places_NGR, axis=1).reshape(tokens_NGR.shape)
+        return np.take_along_axis(filled_UX, stream.places_UY, axis=1).reshape(tokens_NGR.shape)
 
     sums_NG = in_place(logprobs_UX, 0).sum(axis=2, dtype=np.float64)
     greedy_NG = in_place(greedy_UX, True).all(axis=2)

@@ -23,6 +23,7 @@ from rpt_jax.records import InputError, Params
 from rpt_jax.study.base import END, BaseConfig, mixture_batches, stages
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens_BT, weights_BT
+BATCH_SIZE = 64  # texts or answers an update
 BUCKETS = 4  # widths of rows
 
 
@@ -46,6 +47,7 @@ class ExpertConfig:
     learning_rate: float = 3e-4  # constant after 4 steps of warm-up; moments begin anew in each round
 
     def check(self) -> None:
+        """Raises InputError for a count below 1."""
         for name in ("prompts", "kept", "updates", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"expert.{name}={getattr(self, name)}: use 1 or more")
@@ -55,7 +57,7 @@ def next_token_control(
     policy: Policy, base: BaseConfig, budget: float, learning_rate: float, seed: int, say: Callable
 ) -> Trained:
     """Continued training on the base's own last mixture, thoughts kept in."""
-    batches = mixture_batches(policy[2], base, stages(base)[-1][1], 64, 1_000_000 + seed)
+    batches = mixture_batches(policy[2], base, stages(base)[-1][1], BATCH_SIZE, 1_000_000 + seed)
     return spend(policy, batches, budget, learning_rate, "next tokens", say)
 
 
@@ -79,7 +81,7 @@ def sft_control(
         tokens = annotated.documents[document].tolist()
         answer = [*opening, tokens[index], *closing]
         examples.append(supervised([*head, *tokens[:index], *tail], answer))
-    batches = row_batches(examples, 64, sequence_length, seed, BUCKETS)
+    batches = row_batches(examples, BATCH_SIZE, sequence_length, seed, BUCKETS)
     return spend(policy, batches, budget, learning_rate, "answers", say)
 
 

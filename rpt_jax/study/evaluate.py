@@ -17,6 +17,7 @@ the same noise, and neither the batch size nor the other positions change a resu
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,7 @@ from rpt_jax.policy.proxy import text_logits
 from rpt_jax.policy.sampler import sample as sample_rollouts
 from rpt_jax.policy.stream import padded_length
 from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
+from rpt_jax.study.continuations import padded_rows
 from rpt_jax.study.held_out import Splits, choose_positions
 
 KEY = 2**31 - 1  # folded into the seed's key where training folds its step in, so that the two never share a key
@@ -77,29 +79,15 @@ class Evaluation:
     def figures(self, rows) -> dict:
         """Accuracies over some rows (indexes or a mask), fit for JSON.
 
-        argmax, reasoning (mean reward over rollouts and positions), pass_at_k, format_rate, response_length (tokens),
-        greedy and greedy_format_rate where measured, positions; for segments no argmax, but prefix, the mean of prefix
-        matching within the segment; None where there are no positions. standard_errors
-        are of means over positions (binomial where a position has one outcome), as if positions were independent,
-        which those of one document are not quite; standard_error is that of reasoning.
+        argmax, or for segments, which have none, prefix: the mean of prefix matching within the segment; and what
+        by_position and means_and_errors name.
         """
-        sampled, greedy = self.sampled, self.greedy
         if self.argmax_right_N is None:
-            values = {"prefix": sampled.prefix_NG[rows].mean(axis=1, dtype=np.float64)}
+            values = {"prefix": self.sampled.prefix_NG.mean(axis=1, dtype=np.float64)}
         else:
-            values = {"argmax": self.argmax_right_N[rows]}
-        values |= {
-            "reasoning": sampled.rewards_NG[rows].mean(axis=1, dtype=np.float64),
-            "pass_at_k": pass_at_k(sampled.rewards_NG[rows], self.pass_at),
-            "format_rate": sampled.formatted_NG[rows].mean(axis=1),
-            "response_length": sampled.lengths_NG[rows].mean(axis=1),
-        }
-        if greedy is not None:
-            values |= {"greedy": greedy.rewards_NG[rows, 0], "greedy_format_rate": greedy.formatted_NG[rows, 0]}
-        count = len(values["reasoning"])
-        means = {name: float(np.mean(value_N)) if count else None for name, value_N in values.items()}
-        errors = {name: float(np.std(value_N) / count**0.5) if count else None for name, value_N in values.items()}
-        return means | {"positions": count, "standard_error": errors["reasoning"], "standard_errors": errors}
+            values = {"argmax": self.argmax_right_N}
+        values |= by_position(self.sampled, self.greedy, self.pass_at)
+        return means_and_errors({name: value_N[rows] for name, value_N in values.items()})
 
     def summary(self) -> dict[str, dict]:
         """The figures of each split."""
@@ -138,20 +126,14 @@ def evaluate(
 
     Raises InputError for settings that clash and for positions without a token before them.
     """
+    # Over 40 lines for its arguments and what is to be said of them; its steps pass on nearly all of them.
     check_settings(config)
     positions, rows_of = choose_positions(splits, config.positions, seed)
     if not len(positions):
         raise InputError(f"no position to evaluate in {', '.join(splits) or 'no split'}: give held-out positions")
-    whole = positions.lengths is not None
-    done, batches = 0, (1 + (not whole) + config.greedy) * -(-len(positions) // config.batch_size)
-
-    def tick():
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, batches)
-
-    shared = {"batch_size": config.batch_size, "tick": tick}
+    whole, ways = positions.lengths is not None, samplings(sample, config)
+    batches = ((not whole) + len(ways)) * -(-len(positions) // config.batch_size)
+    shared = {"batch_size": config.batch_size, "tick": ticking(progress, batches)}
     tokens_N = right_N = None
     if not whole:
         tokens_N = argmax_tokens(
@@ -162,17 +144,30 @@ def evaluate(
     policy = decoder.gathered(params, model), model, tokenizer
     think = partial(reason, *policy, template, documents, positions, prompt=prompt, seed=seed)
     shared |= {"end_ids": end_ids, "prefill": prefill}
-    sampled = dataclasses.replace(sample, group_size=config.group_size, temperature=config.temperature)
-    greedy = dataclasses.replace(sample, group_size=1, temperature=0.0)
+    sampled, *greedy = [think(sampling=way, **shared) for way in ways]
     return Evaluation(
         positions=positions,
         splits=rows_of,
         argmax_tokens_N=tokens_N,
         argmax_right_N=right_N,
-        sampled=think(sampling=sampled, **shared),
-        greedy=think(sampling=greedy, **shared) if config.greedy else None,
+        sampled=sampled,
+        greedy=greedy[0] if greedy else None,
         pass_at=config.pass_at or config.group_size,
     )
+
+
+def samplings(sample: SampleConfig, config: EvaluateConfig) -> list[SampleConfig]:
+    """How rollouts are drawn: config.group_size at config.temperature, and a greedy one where config.greedy asks."""
+    ways = [dataclasses.replace(sample, group_size=config.group_size, temperature=config.temperature)]
+    if config.greedy:
+        ways.append(dataclasses.replace(sample, group_size=1, temperature=0.0))
+    return ways
+
+
+def ticking(progress: Callable[[int, int], None] | None, batches: int) -> Callable[[], None]:
+    """What is called after each batch: it tells `progress`, if any, how many are done and how many there are."""
+    done = itertools.count(1)
+    return lambda: progress(next(done), batches) if progress else None
 
 
 def argmax_tokens(
@@ -191,16 +186,13 @@ def argmax_tokens(
     contexts = [
         documents[d][max(0, t - limit) : t] for d, t in zip(positions.documents, positions.indices, strict=True)
     ]
-    lengths_N = np.array([len(context) for context in contexts], np.int32)
+    tokens_NT, lengths_N = padded_rows(contexts)
     if not lengths_N.all():
         document = positions.documents[np.argmin(lengths_N)]
         raise InputError(
             f"position 0 of document {document} has no token before it to predict from: use positions.minimum_context "
             "of 1 or more"
         )
-    tokens_NT = np.zeros((len(contexts), padded_length(int(lengths_N.max(initial=1)))), np.int32)
-    for tokens_T, context in zip(tokens_NT, contexts, strict=True):
-        tokens_T[: len(context)] = context
     best_N = np.zeros(len(contexts), np.int32)
     for rows, filled, T in _batches(lengths_N, batch_size):
         preemption.passing()
@@ -237,13 +229,12 @@ def reason(
     prefill: Sequence[int] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Reasoning:
-    """Rollouts at each position, their answers and rewards; prefill as in evaluate."""
+    """Rollouts at each position (of choose_positions), their answers and rewards; prefill as in evaluate."""
     sampling.check()
     prefill_R = np.asarray(prefill, np.int32)
     prompts = _prompts(tokenizer, template, prompt, documents, positions, prefill_R)
     key = jax.random.fold_in(jax.random.key(seed), KEY)
     N, G = len(positions), sampling.group_size
-    whole = positions.lengths is not None and bool(positions.lengths.any())
     scores_NG = np.zeros((N, G), np.float32)
     made = Reasoning(scores_NG, np.zeros((N, G), np.int32), [[]] * N, [[]] * N, scores_NG.copy())
     for rows, filled, T in _batches(prompts.lengths_N, batch_size):
@@ -252,7 +243,7 @@ def reason(
         rollouts = _with_prefill(sample_rollouts(params, model, sampling, batch, key, end_ids), prefill_R)
         answers = parse_answers(tokenizer, rollouts.tokens_NGR, rollouts.lengths_NG, rollouts.finished_NG)
         made.prefix_NG[rows] = prefix_matching(answers, batch)[: len(rows)]
-        made.rewards_NG[rows] = right(Outcomes(answers, batch, whole=whole))[: len(rows)]
+        made.rewards_NG[rows] = right(Outcomes(answers, batch, whole=positions.lengths is not None))[: len(rows)]
         made.lengths_NG[rows] = rollouts.lengths_NG[: len(rows)] - len(prefill_R)
         for n, row in enumerate(rows):
             made.answers[row] = answers[n]
@@ -262,6 +253,35 @@ def reason(
             ]
         tick()
     return made
+
+
+def by_position(sampled: Reasoning, greedy: Reasoning | None, pass_at: int) -> dict[str, np.ndarray]:
+    """What each position came to, [N], by the name of the figure.
+
+    reasoning (mean reward over its rollouts), pass_at_k, format_rate (share with an answer), response_length (tokens);
+    greedy and greedy_format_rate where measured.
+    """
+    values = {
+        "reasoning": sampled.rewards_NG.mean(axis=1, dtype=np.float64),
+        "pass_at_k": pass_at_k(sampled.rewards_NG, pass_at),
+        "format_rate": sampled.formatted_NG.mean(axis=1),
+        "response_length": sampled.lengths_NG.mean(axis=1),
+    }
+    if greedy is not None:
+        values |= {"greedy": greedy.rewards_NG[:, 0], "greedy_format_rate": greedy.formatted_NG[:, 0]}
+    return values
+
+
+def means_and_errors(values: Mapping[str, np.ndarray]) -> dict:
+    """The mean over positions of each of values, [N]; fit for JSON, None where there are no positions.
+
+    Beside them positions, their number; standard_errors, std / sqrt(N) (binomial where a position has one outcome), as
+    if positions were independent, which those of one document are not quite; standard_error, that of reasoning.
+    """
+    count = len(values["reasoning"])
+    means = {name: float(np.mean(value_N)) if count else None for name, value_N in values.items()}
+    errors = {name: float(np.std(value_N) / count**0.5) if count else None for name, value_N in values.items()}
+    return means | {"positions": count, "standard_error": errors["reasoning"], "standard_errors": errors}
 
 
 def pass_at_k(rewards_NG: np.ndarray, k: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder
 from rpt_jax.policy.sampler import sample
 from rpt_jax.records import InputError, Params, Prompts
-from rpt_jax.study.continuations import Scored, cut_left, encode_pair, padded_rows, score_pairs
+from rpt_jax.study.continuations import Scored, cut_left, encode_pair, padded_rows, rows_of_batch, score_pairs
 from rpt_jax.study.evaluate import KEY
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def windows(tokens: Sequence[int], before: Sequence[int], length: int) -> list[t
 
 
 def wish_of(settings: dict, config: HarnessRun) -> Wish:
-    """The generation settings of a request; raises InputError for one that is not known.
+    """The generation settings of a request; raises InputError for one that is not known or of a wrong kind.
 
     Greedy unless a temperature above 0 is given and do_sample is not false; do_sample alone samples at 1.
     """
@@ -183,15 +183,18 @@ def wish_of(settings: dict, config: HarnessRun) -> Wish:
             f"{', '.join(sorted(known))}; leave it out in a YAML of your own (--include-path)"
         )
     until = given.get("until", ())
-    temperature = float(given.get("temperature", 1.0 if given.get("do_sample") else 0.0))
-    return Wish(
-        until=tuple(each for each in ([until] if isinstance(until, str) else until) if each),
-        max_tokens=int(next((given[name] for name in LENGTHS if name in given), config.max_gen_tokens)),
-        temperature=temperature if given.get("do_sample", True) else 0.0,
-        top_k=int(given.get("top_k", 0)),
-        top_p=float(given.get("top_p", 1.0)),
-        min_p=float(given.get("min_p", 0.0)),
-    )
+    try:
+        temperature = float(given.get("temperature", 1.0 if given.get("do_sample") else 0.0))
+        return Wish(
+            until=tuple(each for each in ([until] if isinstance(until, str) else until) if each),
+            max_tokens=int(next((given[name] for name in LENGTHS if name in given), config.max_gen_tokens)),
+            temperature=temperature if given.get("do_sample", True) else 0.0,
+            top_k=int(given.get("top_k", 0)),
+            top_p=float(given.get("top_p", 1.0)),
+            min_p=float(given.get("min_p", 0.0)),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"generation settings {given} of a wrong kind ({error}): mend the task's YAML") from error
 
 
 def generate(asked: Asked, requests: Sequence[tuple[str, dict]]) -> list[str]:
@@ -270,8 +273,7 @@ def _generate(asked: Asked, wish: Wish, rows: Sequence[int], contexts, identitie
 
     params = decoder.gathered(asked.params, asked.model)
     key = jax.random.fold_in(jax.random.key(config.seed), KEY)
-    parts = 1 if asked.mesh is None else meshes.batch_parts(asked.mesh)
-    size = min(config.batch_size, -(-len(rows) // parts) * parts)
+    size = rows_of_batch(len(rows), config.batch_size, asked.mesh)
     texts, order = {}, sorted(rows, key=lambda n: (len(contexts[n]), contexts[n]))
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]

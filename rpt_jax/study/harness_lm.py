@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from rpt_jax.learning import run_folder
+from rpt_jax.json_file import write_json
 from rpt_jax.records import InputError
 from rpt_jax.study import harness
 from rpt_jax.study.harness import Asked, HarnessRun
@@ -77,7 +77,7 @@ def run(config: HarnessRun) -> dict:
             "contexts that lost their left end to max_length=%d: %s", config.max_length, figures["cut_contexts"]
         )
     if config.results and jax.process_index() == 0:
-        run_folder.write_json(Path(config.results), figures)
+        write_json(Path(config.results), figures)
     return figures
 
 

@@ -28,13 +28,14 @@ from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import assemble, parse_answers
 from rpt_jax.corpus.templates import CHATS, Template, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.json_file import write_json
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder
 from rpt_jax.policy.sampler import sample
 from rpt_jax.records import InputError, Params, Prompts
-from rpt_jax.study.continuations import cut_left, encode_pair, score_pairs
+from rpt_jax.study.continuations import cut_left, encode_pair, rows_of_batch, score_pairs
 from rpt_jax.study.evaluate import KEY
 
 log = logging.getLogger(__name__)
@@ -237,8 +238,7 @@ def by_reasoning(
     prompts, cut_N = prompts_of(questions, tokenizer, template, config.prompt)
     params = decoder.gathered(params, model)
     key = jax.random.fold_in(jax.random.key(config.seed), KEY)
-    parts = 1 if mesh is None else meshes.batch_parts(mesh)
-    size = min(config.batch_size, -(-len(questions) // parts) * parts)
+    size = rows_of_batch(len(questions), config.batch_size, mesh)
     progress = _progress("batches of questions answered")
     right_N, formatted_N, shown = np.zeros(len(questions)), np.zeros(len(questions)), [{} for _ in questions]
     order = np.argsort(prompts.lengths_N, kind="stable")
@@ -297,7 +297,7 @@ def _progress(what: str) -> Callable[[int, int], None]:
 
 def _write(config: ChoicesRun, questions: Sequence[Question], modes: dict[str, Answered], figures: dict) -> None:
     if config.results:
-        run_folder.write_json(Path(config.results), figures)
+        write_json(Path(config.results), figures)
     if config.answers:
         Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
         with open(config.answers, "w") as file:

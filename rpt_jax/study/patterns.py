@@ -68,6 +68,8 @@ def read_responses(place: str, name: str, first: float = 0, last: float = math.i
     lines = whole_lines(path)
     bounded = first > 0 or last < math.inf
     rows = parse_rows(path, lines, range(len(lines)), needs=name)
+    if not rows:
+        raise InputError(f"{path} has no rows: give a run that logs rollouts (rollouts_logged), or another file")
     texts = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row[name], str):

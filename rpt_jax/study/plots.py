@@ -85,6 +85,8 @@ def before_after(
         bars: {"base": {"arg-max": (accuracy, standard error), "reasoning": ...}, "RPT": {...}, ...}; policies and modes
             in the order given. A mode may be missing, an accuracy None (no bar), an error None or 0 (no whisker).
         note: a line below the axis, such as the number of positions.
+
+    Raises InputError where there is nothing to draw.
     """
     modes = list(dict.fromkeys(mode for of_policy in bars.values() for mode in of_policy))
     if not modes:

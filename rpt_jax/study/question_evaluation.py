@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jax.sharding import Mesh
 
 from rpt_jax.config import EvaluateConfig, ModelConfig, PromptConfig, QuestionConfig, SampleConfig
 from rpt_jax.corpus.questions import Questions
@@ -17,7 +16,8 @@ from rpt_jax.learning import judge
 from rpt_jax.learning.judge import Judge
 from rpt_jax.policy import decoder
 from rpt_jax.records import InputError, Params
-from rpt_jax.study.evaluate import Reasoning, check_settings, choose_positions, pass_at_k, reason
+from rpt_jax.study.evaluate import Reasoning, by_position, check_settings, means_and_errors, reason, samplings, ticking
+from rpt_jax.study.held_out import choose_positions
 
 SPLIT = "questions"  # under which figures of a run stand, where those of text stand under easy, medium and hard
 
@@ -35,7 +35,6 @@ def evaluate_questions(
     config: EvaluateConfig,
     seed: int,
     end_ids: tuple[int, ...],
-    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict]:
     """{"questions": figures} of questions.held_out; `figures` says which.
@@ -44,7 +43,7 @@ def evaluate_questions(
         limits: of the judge, which lives for this call.
         config: at most config.positions questions, config.group_size rollouts each at config.temperature, and a greedy
             one where config.greedy asks for it.
-        mesh, progress, end_ids: as in evaluate.evaluate.
+        progress, end_ids: as in evaluate.evaluate.
 
     Raises InputError for settings that clash and where no question is held out.
     """
@@ -52,35 +51,12 @@ def evaluate_questions(
     positions, _ = choose_positions({SPLIT: questions.held_out}, config.positions, seed)
     if not len(positions):
         raise InputError("no question to evaluate on: set questions.holdout, or name files in questions.evaluate_files")
-    ways = [dataclasses.replace(sample, group_size=config.group_size, temperature=config.temperature)]
-    if config.greedy:
-        ways.append(dataclasses.replace(sample, group_size=1, temperature=0.0))
-    done, batches = 0, len(ways) * -(-len(positions) // config.batch_size)
-
-    def tick():
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, batches)
-
-    policy, references = decoder.gathered(params, model), [questions.answers[d] for d in positions.documents]
-    made = [
-        reason(
-            policy,
-            model,
-            tokenizer,
-            template,
-            questions.documents,
-            positions,
-            prompt=prompt,
-            sampling=way,
-            seed=seed,
-            end_ids=end_ids,
-            batch_size=config.batch_size,
-            tick=tick,
-        )
-        for way in ways
-    ]
+    ways = samplings(sample, config)
+    tick = ticking(progress, len(ways) * -(-len(positions) // config.batch_size))
+    policy = decoder.gathered(params, model), model, tokenizer
+    shared = {"prompt": prompt, "seed": seed, "end_ids": end_ids, "batch_size": config.batch_size, "tick": tick}
+    made = [reason(*policy, template, questions.documents, positions, sampling=way, **shared) for way in ways]
+    references = [questions.answers[d] for d in positions.documents]
     with judge.open_judge(limits) as judging:
         judged = [judged_answers(judging, references, each) for each in made]
     return {SPLIT: figures(judged, config.pass_at or config.group_size)}
@@ -95,23 +71,10 @@ def judged_answers(judging: Judge, references: list[str], made: Reasoning) -> tu
 def figures(judged: list[tuple[Reasoning, np.ndarray]], pass_at: int) -> dict:
     """Figures of the sampled rollouts and, if there, of the greedy ones; fit for JSON.
 
-    Named as those of positions, so that reports show both: reasoning (accuracy: the mean over questions of the share of
-    their rollouts that are right), its standard_error over questions as if they were independent draws, pass_at_k,
-    format_rate (share with an answer), response_length (tokens), greedy and greedy_format_rate where measured, errors
-    of all these under standard_errors, positions (how many questions); and judge_timeouts and judge_crashes (answers
-    whose judging was stopped or broke down, which count as wrong).
+    Those of positions (by_position, means_and_errors), so that reports show both: a question is a position, and its
+    mean reward the share of its rollouts that are right. And judge_timeouts and judge_crashes, answers whose judging
+    was stopped or broke down, which count as wrong.
     """
-    sampled, verdicts_NG = judged[0]
-    values = {
-        "reasoning": sampled.rewards_NG.mean(axis=1, dtype=np.float64),
-        "pass_at_k": pass_at_k(sampled.rewards_NG, pass_at),
-        "format_rate": sampled.formatted_NG.mean(axis=1),
-        "response_length": sampled.lengths_NG.mean(axis=1),
-    }
-    for greedy, _ in judged[1:]:
-        values |= {"greedy": greedy.rewards_NG[:, 0], "greedy_format_rate": greedy.formatted_NG[:, 0]}
-    count = len(verdicts_NG)
-    errors = {name: float(np.std(value_N) / count**0.5) for name, value_N in values.items()}
-    found = {name: float(np.mean(value_N)) for name, value_N in values.items()} | {"positions": count}
-    found |= {"standard_error": errors["reasoning"], "standard_errors": errors}
+    sampled, greedy = judged[0][0], judged[1][0] if judged[1:] else None
+    found = means_and_errors(by_position(sampled, greedy, pass_at))
     return found | judge.counts([codes_NG for _, codes_NG in judged])

@@ -10,7 +10,6 @@ on supervised answers to the very positions RPT learns from. All figures are com
 have their own seed and come from the side of the split that nothing is trained on.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,8 @@ from rpt_jax.corpus import arithmetic
 from rpt_jax.corpus.positions import AnnotatedDocuments, Positions, difficulty_splits, open_annotated, select_positions
 from rpt_jax.corpus.templates import load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
+from rpt_jax.json_file import write_json
+from rpt_jax.learning import run_rows
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.learning.train import train
@@ -76,6 +77,7 @@ class QuickstartConfig:
     sft_learning_rate: float = 1e-3  # of the other; 3e-4 does as well
 
     def check(self) -> None:
+        """Raises InputError for settings of a base that is not trained."""
         if self.base != BaseConfig() and not self.from_scratch:
             raise InputError(
                 "--base settings need a base of its own: add --from-scratch (the one that ships is as it is)"
@@ -119,7 +121,7 @@ def main(config: QuickstartConfig, console: Console | None = None) -> dict:
     say(f"[bold]3/5 RPT[/] {config.steps} updates of {config.batch_size} prompts x {config.group_size} thoughts")
     trained = clock.run("rpt", run_rpt, config, policy, annotated, positions, folder)
     evaluations["rpt"] = clock.run("evaluate", examine, config, trained, examined, splits, True)
-    rows = [json.loads(line) for line in (folder / "rpt" / "metrics.jsonl").read_text().splitlines()]
+    rows = run_rows.read_rows(folder / "rpt" / "metrics.jsonl")
     spent = rpt_flops(rows)
     say(f"[bold]4/5 controls[/] the same {spent:.2e} FLOPs on next tokens, and on answers without thoughts")
     for name in ("next_token", "sft"):
@@ -128,7 +130,7 @@ def main(config: QuickstartConfig, console: Console | None = None) -> dict:
     say("[bold]5/5 results[/]")
     about = {"seed": config.seed, "from_scratch": config.from_scratch, "traces": config.base.traces, "flops": spent}
     results = about | {"seconds": clock.total()} | collect_results(evaluations, exam, policy[2])
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     write_plots(folder, results, rows)
     show_table(results, say)
     show_thoughts(evaluations, exam, policy[2], say)

@@ -24,8 +24,7 @@ import numpy as np
 import rpt_jax
 from rpt_jax.config import Config
 from rpt_jax.config_dict import to_dict
-from rpt_jax.json_file import parsed
-from rpt_jax.learning.policy_folder import read_json
+from rpt_jax.json_file import parsed, read_object
 from rpt_jax.learning.run_rows import flat
 from rpt_jax.records import InputError
 
@@ -89,11 +88,11 @@ def read_run(folder: Path) -> dict:
     outer, folder = folder, run_in(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"no run in {str(folder)!r} (no config.json): give a folder that `rpt train` wrote")
-    described = read_json(folder / "config.json", "config")
+    described = read_object(folder / "config.json", "config")
     config = described["config"]
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise InputError(f"{folder / 'config.json'}: its config has no name: it is not what `rpt train` wrote")
-    results = read_json(outer / "results.json") if (outer / "results.json").is_file() else {}
+    results = read_object(outer / "results.json") if (outer / "results.json").is_file() else {}
     return {
         "folder": str(folder),
         "id": described.get("id"),

@@ -99,6 +99,7 @@ def run(config: SampleRun, show: bool) -> dict:
 
 
 def require_text(text: str) -> None:
+    """Raises InputError where there is none."""
     if not text:
         raise InputError("no text to think about: type one, pipe one in, or give --text")
 
@@ -140,7 +141,7 @@ def piped() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"the text is not UTF-8 (byte {error.start}): give UTF-8") from error
+        raise InputError(f"the text is not UTF-8 (byte {error.start + 1}): give UTF-8") from error
 
 
 def typed() -> str | None:
@@ -217,7 +218,8 @@ def shown(figures: dict) -> str:
         if each["prediction"] is None:
             verdict = "no answer" if each["finished"] else "no answer within sample.max_tokens"
         else:
-            verdict = f"{_quoted(each['prediction'])}   log-prob {each['prediction_logprob'] + 0.0:.3f}"
+            logprob = each["prediction_logprob"] + 0.0  # turns -0.0 into 0.0
+            verdict = f"{_quoted(each['prediction'])}   log-prob {logprob:.3f}"
         lines += [
             f"[{number}] {verdict}",
             *(f"    {line}" for line in harmless(each["thought"]).strip().splitlines()),

@@ -154,7 +154,7 @@ function strokes({ series, xs, smoothed }, X, Y) {
     if (!isNumber(value)) return;
     const x = X(xs[i]), error = (series.errors || [])[i] || 0;
     if (error) made.push(svg("line", { class: "error " + colour, x1: x, x2: x, y1: Y(value - error), y2: Y(value + error) }));
-    made.push(svg("circle", { class: "dot " + colour, cx: X(xs[i]), cy: Y(value), r: 3 }));
+    made.push(svg("circle", { class: "dot " + colour, cx: x, cy: Y(value), r: 3 }));
   });
   return made;
 }
