@@ -34,6 +34,7 @@ ORDER = [
     "rpt_jax.ending",
     "rpt_jax.agreement",
     "rpt_jax.disk",
+    "rpt_jax.host_memory",
     "rpt_jax.preemption",
     "rpt_jax.compilation",
     "rpt_jax.corpus.tokenizer_files",

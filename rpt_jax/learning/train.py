@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from rpt_jax import compilation, preemption
+from rpt_jax import compilation, host_memory, preemption
 from rpt_jax.agreement import require_agreement
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus import curriculum
@@ -187,6 +187,7 @@ def _save(run: Run, done: int, state: TrainState, host: dict) -> None:
     """The rows first: a whole checkpoint then has all rows up to it beside it."""
     run_folder.keep_copy(run.record, run.source.config)
     checkpoints.save(run.manager, done, state, host)
+    host_memory.give_back()
 
 
 def _host_state(stream, queue, spent) -> dict:
