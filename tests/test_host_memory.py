@@ -1,12 +1,14 @@
-"""Claims: what was freed goes back to the system, and where the C library cannot do that nothing is said."""
+"""Claims: what was freed goes back to the system, at each checkpoint; where the C library cannot, nothing is said."""
 
 import ctypes
 import os
 from pathlib import Path
 
 import pytest
+import toy
 
 from rpt_jax import host_memory
+from rpt_jax.learning import train
 
 
 def resident_mib() -> float:
@@ -39,3 +41,11 @@ def test_other_systems_are_let_alone(monkeypatch):
         assert host_memory._trim() is None
     finally:
         host_memory._trim.cache_clear()
+
+
+def test_a_run_gives_back_at_each_checkpoint(tmp_path, monkeypatch):
+    """Four updates, a checkpoint every two."""
+    given = []
+    monkeypatch.setattr(host_memory, "give_back", lambda: given.append(1))
+    train.train(toy.config(tmp_path / "run"), **toy.arguments())
+    assert len(given) == 2
