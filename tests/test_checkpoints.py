@@ -99,6 +99,12 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     assert restored(tmp_path, state_on(None), 2)[1]["step"] == 2
 
 
+def test_reading_warns_of_nothing(tmp_path, caplog):
+    """Orbax does, of each thing that a manager cannot do that only reads."""
+    with contextlib.closing(checkpoints.open_checkpoints(tmp_path, 2, read_only=True)):
+        assert not caplog.records
+
+
 def test_no_checkpoint_is_no_step(tmp_path):
     assert checkpoints.newest_step(tmp_path / "absent") is None
     assert checkpoints.newest_step(tmp_path) is None

@@ -51,15 +51,28 @@ def open_checkpoints(folder: str | Path, keep: int, read_only: bool = False) -> 
     read_only: each process reads for itself. Orbax would let the others wait for one that cannot.
     """
     own = {"primary_host": jax.process_index(), "active_processes": {jax.process_index()}}
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep,
-        enable_async_checkpointing=not read_only,
-        read_only=read_only,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(**own if read_only else {}),
-    )
     folder = epath.Path(folder)
     where = folder if "://" in str(folder) else folder.resolve()  # which would make gs://bucket a local folder
-    return ocp.CheckpointManager(where, options=options)
+    with _without_warnings() if read_only else contextlib.nullcontext():
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            enable_async_checkpointing=not read_only,
+            read_only=read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**own if read_only else {}),
+        )
+        return ocp.CheckpointManager(where, options=options)
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """Orbax warns three times of a manager that only reads, which is what was asked for."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:
