@@ -112,7 +112,8 @@ def run_pretrain(config: PretrainRun) -> dict:
     meshes.check_batch_divides(config.pretrain.batch_size, mesh, "sequences (pretrain.batch_size)")
     require_policy_folder(config.output)
     tokenizer, corpus = _read_corpus(config)
-    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    context = config.model.context or config.pretrain.sequence_length
+    model = replace(config.model, vocab_size=tokenizer.vocab_size, context=context)
     model.check()
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     examples = [plain([*tokenizer.encode(corpus.documents[i].text), *end]) for i in corpus.train]

@@ -16,8 +16,8 @@ import jax
 from rpt_jax.config import ModelConfig
 from rpt_jax.corpus.tokenizer import load_tokenizer
 from rpt_jax.corpus.tokenizer_export import end_ids, export_tokenizer
+from rpt_jax.learning import run_folder
 from rpt_jax.learning.policy_folder import load_policy, require_policy_folder, save_policy
-from rpt_jax.learning.run_folder import provenance
 from rpt_jax.policy.weights import load_weights, require_new_folder, save_weights, stored_dtype
 from rpt_jax.policy.weights_config import config_json, read_config
 from rpt_jax.ranges import require_in_range
@@ -42,7 +42,7 @@ class ToPublished:
     """A policy, or the newest checkpoint of a run, as config.json, safetensors and tokenizer files."""
 
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the written tensors; stored: as in the policy
-    context: int = 0  # max_position_embeddings, tokens; 0: that of the published model that the policy came from
+    context: int = 0  # max_position_embeddings, tokens; 0: what the model was made for, and trained on by the run
     file_gib: float = 4.5  # the most that one file holds, and host memory beside the parameters
 
 
@@ -56,7 +56,7 @@ def from_published(source: str, output: str, config: FromPublished) -> dict:
     model = replace(read_config(folder), dtype=dtype, param_dtype=dtype)
     tokenizer = load_tokenizer(folder)
     params = load_weights(folder, model)
-    made_by = {"made_by": "rpt convert", "source": source, "revision": config.revision} | provenance()
+    made_by = {"made_by": "rpt convert", "source": source, "revision": config.revision} | run_folder.provenance()
     save_policy(Path(output), model, params, tokenizer, made_by, stored="orbax")
     return {"policy": output} | _figures(model, params) | {"seconds": time.perf_counter() - began}
 
@@ -68,7 +68,7 @@ def to_published(source: str, output: str, config: ToPublished) -> dict:
     require_new_folder(Path(output))
     began = time.perf_counter()
     model, params, tokenizer = load_policy(Path(source))
-    context = config.context or model.context
+    context = config.context or max(model.context, _longest_rollout(source))
     if context < 1:
         raise InputError(
             f"{source} does not say for how many tokens it was made, which config.json has to: --context TOKENS, for "
@@ -80,6 +80,14 @@ def to_published(source: str, output: str, config: ToPublished) -> dict:
     export_tokenizer(tokenizer, Path(output))
     save_weights(output, model, params, end_ids=ends, file_bytes=int(config.file_gib * 2**30))
     return {"model": output} | _figures(model, params) | {"seconds": time.perf_counter() - began}
+
+
+def _longest_rollout(source: str) -> int:
+    """Tokens of prompt and response together in a run; 0 for a policy folder."""
+    if (Path(source) / "policy.json").is_file():
+        return 0
+    config = run_folder.read_config(Path(source))
+    return config.prompt.max_tokens + config.sample.max_tokens
 
 
 def _require_names(source: str, output: str, usage: str) -> None:

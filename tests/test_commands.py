@@ -14,7 +14,7 @@ from rpt_jax.commands import AnnotateRun, EvaluateRun, PretrainRun
 from rpt_jax.config import Config, CorpusConfig, EvaluateConfig, MeshConfig, PositionConfig, PretrainConfig
 from rpt_jax.corpus.documents import open_corpus
 from rpt_jax.learning import run_folder
-from rpt_jax.learning.policy_folder import save_policy
+from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.records import InputError
 
 
@@ -76,6 +76,7 @@ def test_pretrain_tells_the_kernel_of_its_mesh(tmp_path, monkeypatch):
     figures = commands.run_pretrain(settings)
     assert meshes and all(mesh == {"data": 2, "fsdp": 2, "tensor": 2} for mesh in meshes)
     assert figures["loss"] == pytest.approx(np.log(18), rel=0.2)
+    assert load_policy(tmp_path / "base")[0].context == 8  # for which the model was made, as others will want to know
 
 
 @pytest.mark.parametrize(

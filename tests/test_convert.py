@@ -15,6 +15,7 @@ from huggingface_hub import constants, file_download
 from test_weights_golden import GOLDEN, tensors_of
 
 from rpt_jax import cli
+from rpt_jax.learning import run_folder, train
 from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.policy import decoder
 
@@ -68,6 +69,15 @@ def test_files_are_as_large_as_asked_and_the_context_too(published, tmp_path, ru
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and all(sum(x.nbytes for x in safetensors.numpy.load_file(f).values()) <= 4000 for f in files)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 77
+
+
+def test_a_run_says_by_itself_how_long_its_texts_are(tmp_path, run):
+    """Prompt and response together, where its policy was made for less."""
+    train.train(toy.config(tmp_path / "run", steps=1), **toy.arguments())
+    assert run("orbax-to-hf", tmp_path / "run", tmp_path / "out")[0] == 0
+    config = run_folder.read_config(tmp_path / "run")
+    longest = config.prompt.max_tokens + config.sample.max_tokens
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == longest > 0
 
 
 def test_a_repository_comes_from_the_hub(published, tmp_path, run, offline):
