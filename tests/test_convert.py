@@ -15,7 +15,7 @@ from huggingface_hub import constants, file_download
 from test_weights_golden import GOLDEN, tensors_of
 
 from rpt_jax import cli
-from rpt_jax.learning import run_folder, train
+from rpt_jax.learning import train
 from rpt_jax.learning.policy_folder import load_policy, save_policy
 from rpt_jax.policy import decoder
 
@@ -71,13 +71,14 @@ def test_files_are_as_large_as_asked_and_the_context_too(published, tmp_path, ru
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 77
 
 
-def test_a_run_says_by_itself_how_long_its_texts_are(tmp_path, run):
-    """Prompt and response together, where its policy was made for less."""
-    train.train(toy.config(tmp_path / "run", steps=1), **toy.arguments())
+@pytest.mark.parametrize("made_for", [8, 4096])
+def test_a_run_says_by_itself_how_long_its_texts_are(tmp_path, run, made_for):
+    """What its policy was made for, or prompt and response together where they are longer."""
+    policy = toy.model(context=made_for), toy.params(), toy.tokenizer()
+    train.train(toy.config(tmp_path / "run", steps=1), **toy.arguments(policy=policy))
     assert run("orbax-to-hf", tmp_path / "run", tmp_path / "out")[0] == 0
-    config = run_folder.read_config(tmp_path / "run")
-    longest = config.prompt.max_tokens + config.sample.max_tokens
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == longest > 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"]
+    assert written == max(made_for, 32 + 8)  # toy.config's
 
 
 def test_a_repository_comes_from_the_hub(published, tmp_path, run, offline):
