@@ -1,7 +1,8 @@
 """Memory of this process that is free, back to the system.
 
 XLA's threads on CPU, and Orbax's, allocate and free buffers of all sizes; glibc keeps what they have freed, in pools of
-their own, and a run of hours would hold more and more that nobody uses (experiments/LOG.md has the figures).
+their own, and a run of hours holds more and more that nobody uses. This returns part of it: what still rises with each
+checkpoint is in experiments/LOG.md.
 """
 
 import ctypes
