@@ -18,6 +18,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# ruff: noqa: E402  (the arenas are bounded before the imports below start threads, as `rpt` does)
+from rpt_jax import host_memory
+
+host_memory.share_arenas()
+
 import tyro
 from rows import append_row
 
@@ -51,8 +56,9 @@ class Reading:
 
 
 def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Resident memory but for pages of files, which the system takes back and reads again as it likes."""
+    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def soak(folder: Path, minutes: float) -> list[Reading]:

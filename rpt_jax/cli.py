@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import rpt_jax
-from rpt_jax import disk, ending, help
+from rpt_jax import disk, ending, help, host_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises SystemExit with it where tyro has answered, or a run was told to stop.
     """
+    if argv is None:  # this process is ours, and has no threads yet
+        host_memory.share_arenas()
     argv, status = list(sys.argv[1:] if argv is None else argv), None
     try:
         status = _answer(argv)
