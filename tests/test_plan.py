@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 
+import jax
 import pytest
 
 from rpt_jax import cli
-from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
-from rpt_jax.planning import plan, search
+from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, RewardConfig, SampleConfig, UpdateConfig
+from rpt_jax.planning import phases, plan, search
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 SMALL = plan.PlanRun(
@@ -88,7 +90,6 @@ def test_decode_copies_neither_cache_nor_weights(config, topology, tensor, slots
     """Temporaries are below a tenth of the cache; also with one kv head a chip, slots that were refilled, and a hidden
     width of a chip that does not fill its lanes (13,824 / 8)."""
     from rpt_jax.mesh import make_mesh
-    from rpt_jax.planning import phases
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=tensor), plan._devices(topology))
     sample = dataclasses.replace(config.sample, slots=slots)
@@ -102,7 +103,6 @@ def test_decode_copies_neither_cache_nor_weights(config, topology, tensor, slots
 def test_the_text_of_an_update_is_planned():
     """8 windows of 130 tokens on two chips: so many more bytes of arguments, in whole tiles; it compiles."""
     from rpt_jax.mesh import make_mesh
-    from rpt_jax.planning import phases
 
     mesh = make_mesh(SMALL.mesh, plan._devices(SMALL.topology))
     memory = {}
@@ -114,6 +114,20 @@ def test_the_text_of_an_update_is_planned():
         memory[share] = phases.phases(job)["update"]()
     assert 8 // 2 * 130 * 4 <= memory[0.25].arguments - memory[0.0].arguments <= 2 * 8 * 256 * 4
     assert memory[0.25].outputs >= memory[0.0].outputs
+
+
+@LIBTPU
+def test_an_average_of_policies_is_planned():
+    """RLP's reward keeps one, in float32: four bytes a parameter, split as the parameters are, in every phase."""
+    gain = dataclasses.replace(SMALL, reward=RewardConfig(kind="information_gain"))
+    plain, averaged = (plan._job(config) for config in (SMALL, gain))
+    split = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(phases.train_state(plain).params)]
+    more = 4 * sum(map(math.prod, split))
+    for phase in ("decode", "update"):
+        memory = [phases.phases(job)[phase]() for job in (plain, averaged)]
+        grown = [each.arguments + each.resident for each in memory]
+        assert more <= grown[1] - grown[0] <= 1.1 * more  # whole tiles
+    assert plan.least_gib(gain) > plan.least_gib(SMALL)
 
 
 def test_meshes_are_tried_from_the_fastest_until_one_fits(monkeypatch, capsys):
@@ -140,7 +154,6 @@ def test_meshes_are_tried_from_the_fastest_until_one_fits(monkeypatch, capsys):
 @LIBTPU
 def test_what_does_not_fit_comes_with_flags_that_do(monkeypatch):
     """Sampling that takes 1 GiB a slot of a unit, 15.2 GiB to be had: the flags, given to the command, make it fit."""
-    from rpt_jax.planning import phases
 
     compiled = []
 
@@ -167,7 +180,6 @@ def test_what_does_not_fit_comes_with_flags_that_do(monkeypatch):
 @LIBTPU
 def test_what_shapes_rule_out_is_not_compiled(monkeypatch):
     """14.8 billion parameters with two float32 moments: 41 GiB on each of four chips."""
-    from rpt_jax.planning import phases
 
     compiled, huge = [], phases.Memory(1 << 50, 0, 0, 0)
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ memory and interconnect, each at its peak, which no run reaches.
 import functools
 from dataclasses import dataclass, field
 
-from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig, UpdateConfig
+from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, RewardConfig, SampleConfig, UpdateConfig
 from rpt_jax.parts import parts_of_groups
 from rpt_jax.policy import flops
 from rpt_jax.policy.slots import first_seating
@@ -46,7 +46,13 @@ class PlanRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the run keeps an average of its policies."""
+        return self.reward.kind == "information_gain"
 
 
 def chip_of(topology: str) -> Chip:
@@ -124,7 +130,7 @@ def collective_bytes(config: PlanRun, phase: str) -> float:
 
 
 def step_seconds(config: PlanRun) -> float:
-    """Of all phases that each step has; the extra rounds of dynamic sampling are not among them."""
+    """Of all phases that each step has; no extra rounds of dynamic sampling, no passes of a reward by the model."""
     phases = PHASES if config.update.kl_coefficient else [phase for phase in PHASES if phase != "score"]
     return sum(seconds(config, phase) for phase in phases)
 

@@ -37,6 +37,7 @@ class Job:
     sample: SampleConfig
     update: UpdateConfig
     mesh: Mesh
+    averaged: bool = False  # the state has an average of policies
 
     @property
     def units(self) -> int:
@@ -61,7 +62,8 @@ class Memory:
 def phases(job: Job) -> dict:
     """{name: function that compiles the phase and returns its Memory}, in the order of a step.
 
-    Left out: the first seating, which is smaller than a refill, and the whole sequences of check_shared_prefix.
+    Left out: the first seating, which is smaller than a refill, the whole sequences of check_shared_prefix, and the
+    passes in which a reward scores the next token; what those read of the state is counted.
     """
     made = {
         "prefill": _prefill,
@@ -91,15 +93,15 @@ def bytes_on_chip(tree) -> int:
     )
 
 
-def state_bytes(model: ModelConfig, config: UpdateConfig) -> int:
-    """Of parameters and optimizer state, on all chips together."""
+def state_bytes(model: ModelConfig, config: UpdateConfig, averaged: bool = False) -> int:
+    """Of parameters, optimizer state and average, on all chips together."""
     params = decoder.shapes(model)
     state = _optimizer_state(update.make_optimizer(config, 1), params)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state, _wide(params) if averaged else None)))
 
 
 def train_state(job: Job) -> update.TrainState:
-    """Parameters and optimizer state, as an update has them."""
+    """Parameters, optimizer state and average, as an update has them."""
     shapes = decoder.shapes(job.model)
     shardings = param_shardings(job.mesh, decoder.logical_axes(job.model), shapes)
     params = jax.tree.map(_placed, shapes, shardings)
@@ -111,13 +113,17 @@ def train_state(job: Job) -> update.TrainState:
         shardings,
         transform_non_params=lambda x: _placed(x, replicated(job.mesh)),
     )
-    return update.TrainState(params, state, spread(job, (), jnp.int32))
+    average = jax.tree.map(_placed, _wide(shapes), shardings) if job.averaged else None
+    return update.TrainState(params, state, spread(job, (), jnp.int32), average)
 
 
 def _optimizer_state(optimizer: optax.GradientTransformation, shapes):
     """Its shapes: in float32, whatever dtype the parameters have."""
-    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
-    return jax.eval_shape(optimizer.init, wide)
+    return jax.eval_shape(optimizer.init, _wide(shapes))
+
+
+def _wide(shapes):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
 
 
 def sampling_params(job: Job):
@@ -257,7 +263,7 @@ def _moving(job: Job, S: int, width: int) -> tuple:
 
 def _score(job: Job) -> Memory:
     state = train_state(job)
-    resident = bytes_on_chip((state.optimizer_state, state.step))
+    resident = bytes_on_chip((state.optimizer_state, state.step, state.average))
     arguments = state.params, batch(job), spread(job, (), jnp.float32)
     lower = partial(update.response_logprobs.lower, model=job.model, config=job.update)
     return _compiled(job, lower, arguments, resident)

@@ -73,7 +73,7 @@ def room(config: PlanRun) -> float:
 
 def least_gib(config: PlanRun) -> float:
     """Of parameters and optimizer state on a chip, if they were split evenly over all: no mesh needs less."""
-    return phases.state_bytes(config.model, config.update) / search.chips_of(config.topology) / GIB
+    return phases.state_bytes(config.model, config.update, config.averaged) / search.chips_of(config.topology) / GIB
 
 
 def may_fit(config: PlanRun) -> bool:
@@ -150,7 +150,8 @@ def _resolved(config: PlanRun) -> PlanRun:
 
 def _job(config: PlanRun) -> phases.Job:
     mesh = make_mesh(config.mesh, _devices(config.topology))
-    return phases.Job(config.model, config.batch_size, config.prompt, config.sample, config.update, mesh)
+    own = config.model, config.batch_size, config.prompt, config.sample, config.update
+    return phases.Job(*own, mesh, config.averaged)
 
 
 def _measuring() -> Callable:
