@@ -50,28 +50,15 @@ def test_lengths_come_along():
 
 
 @settings(max_examples=8)
-@given(st.integers(6, 40), st.integers(0, 60), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**40))
-def test_resumed_equals_uninterrupted(count, stop, stages, processes, seed):
+@given(st.integers(6, 40), st.integers(0, 60), st.integers(1, 4), st.integers(0, 2**40))
+def test_resumed_equals_uninterrupted(count, stop, stages, seed):
     """Also across the end of a stage."""
-    stream = curriculum.easy_to_hard(
-        many(count), seed=seed, draws=48, stages=stages, process_index=processes - 1, process_count=processes
-    )
+    stream = curriculum.easy_to_hard(many(count), seed=seed, draws=48, stages=stages)
     whole, first, second = take(stream, stop + 15), iter(stream), iter(stream)
     for _ in range(stop):
         next(first)
     second.set_state(json.loads(json.dumps(first.get_state())))
     assert [next(second).index for _ in range(15)] == whole[stop:]
-
-
-def test_processes_share_one_order():
-    options = {"seed": 1, "draws": 20, "stages": 3}
-    shards = [
-        take(curriculum.easy_to_hard(many(10), **options, process_index=i, process_count=3), 12) for i in range(3)
-    ]
-    alone = take(curriculum.easy_to_hard(many(10), **options), 36)
-    assert [index for turn in zip(*shards, strict=True) for index in turn] == alone
-    with pytest.raises(InputError, match="process 3 of 3"):
-        curriculum.easy_to_hard(many(10), **options, process_index=3, process_count=3)
 
 
 def test_the_config_chooses_the_order():

@@ -4,7 +4,6 @@ stream is reshuffled, resumes exactly, and processes share it without overlap or
 import dataclasses
 import itertools
 import json
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,9 +202,9 @@ def test_neighbouring_seeds_share_no_epoch():
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(1, 60), st.integers(0, 40), st.integers(1, 4), st.integers(0, 2**40))
-def test_resumed_equals_uninterrupted(count, stop, processes, seed):
-    stream = positions.position_stream(many(count), seed=seed, process_index=processes - 1, process_count=processes)
+@given(st.integers(1, 60), st.integers(0, 40), st.integers(0, 2**40))
+def test_resumed_equals_uninterrupted(count, stop, seed):
+    stream = positions.position_stream(many(count), seed=seed)
     whole = take(iter(stream), stop + 15)
     first = iter(stream)
     take(first, stop)
@@ -216,25 +215,9 @@ def test_resumed_equals_uninterrupted(count, stop, processes, seed):
     assert take(second, 15) == whole[stop:]
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_shards_partition_every_epoch(processes):
-    # 10 positions do not divide over 3 or 4 processes: epochs run through the shards without a gap.
-    shards = [
-        take(
-            iter(positions.position_stream(many(10), seed=1, process_index=i, process_count=processes)), 60 // processes
-        )
-        for i in range(processes)
-    ]
-    alone = take(iter(positions.position_stream(many(10), seed=1)), 60)
-    assert Counter(itertools.chain(*shards)) == Counter(dict.fromkeys(range(10), 6))
-    assert [index for turn in zip(*shards, strict=True) for index in turn] == alone
-
-
-def test_streams_that_cannot_be():
+def test_a_stream_needs_positions():
     with pytest.raises(InputError, match="no positions"):
         positions.position_stream(many(0), seed=0)
-    with pytest.raises(InputError, match="process 2 of 2"):
-        positions.position_stream(many(3), seed=0, process_index=2, process_count=2)
 
 
 @pytest.mark.parametrize(

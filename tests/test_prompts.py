@@ -48,8 +48,8 @@ DOCUMENTS = {3: np.frombuffer(b"one two three", np.uint8).astype(np.int32), 8: n
 POSITIONS = [Position(3, 4, 1.75), Position(8, 25, 0.5), Position(3, 1, 2.0)]
 
 
-def prompts_of(config, positions=POSITIONS, template=None, **options):
-    return assemble(TOKENIZER, template or load_template(config.template), config, DOCUMENTS, positions, **options)
+def prompts_of(config, positions=POSITIONS, template=None):
+    return assemble(TOKENIZER, template or load_template(config.template), config, DOCUMENTS, positions)
 
 
 def live(prompts, n):
@@ -111,13 +111,10 @@ def test_no_room_for_context_names_both_numbers():
         prompts_of(PromptConfig(template="v0", max_tokens=40))
 
 
-def test_padded_length_is_the_callers_or_a_multiple_of_32():
+def test_padded_length_is_a_multiple_of_32():
     config = PromptConfig(template="bare", max_tokens=64)
-    assert prompts_of(config, length=40).tokens_NT.shape == (3, 40)
     longest = len(TOKENIZER.encode_markup("<predict><think>")) + 25
     assert prompts_of(config).tokens_NT.shape == (3, -(-longest // 32) * 32)
-    with pytest.raises(InputError, match=f"prompt of {longest} tokens .* length 20"):
-        prompts_of(config, length=20)
     with pytest.raises(InputError, match="position 13 of document 3 lies outside its 13 tokens"):
         prompts_of(config, positions=[Position(3, 13, 1.0)])
 

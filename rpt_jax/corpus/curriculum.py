@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from rpt_jax.config import Config
-from rpt_jax.corpus.positions import Positions, dealt_out, position_stream
+from rpt_jax.corpus.positions import Positions, in_order, position_stream
 from rpt_jax.records import InputError
 
 ENDLESS = 2**62  # draws
@@ -43,13 +43,11 @@ def require_stages(count: int, config: Config) -> None:
         )
 
 
-def easy_to_hard(
-    positions: Positions, *, seed: int, draws: int, stages: int, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
+def easy_to_hard(positions: Positions, *, seed: int, draws: int, stages: int) -> grain.IterDataset:
     """Endless stream of Position: `draws` of them in `stages` stages of like length, then more of the last stage.
 
-    Each stage is shuffled by the seed anew each time it has been through its positions. Processes take turns on one
-    order, as in position_stream. Iterators have get_state and set_state.
+    Each stage is shuffled by the seed anew each time it has been through its positions. Iterators have get_state and
+    set_state.
     """
     ordered = np.argsort(positions.entropies, kind="stable")
     parts = []
@@ -58,4 +56,4 @@ def easy_to_hard(
         length = (stage + 1) * draws // stages - stage * draws // stages
         shuffled = grain.MapDataset.source(easiest).seed((seed + stage) % 2**32).shuffle().repeat()
         parts.append(shuffled[: length if stage + 1 < stages else ENDLESS])
-    return dealt_out(grain.MapDataset.concatenate(parts), process_index, process_count)
+    return in_order(grain.MapDataset.concatenate(parts))

@@ -277,27 +277,19 @@ def difficulty_splits(annotated: AnnotatedDocuments, config: PositionConfig | No
     return {name: pool[pool.entropies > entropy] for name, entropy in limits.items()}
 
 
-def position_stream(
-    positions: Positions, *, seed: int, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
+def position_stream(positions: Positions, *, seed: int) -> grain.IterDataset:
     """Endless stream of Position, a new order each epoch from the seed; iterators have get_state and set_state.
 
-    Processes take turns on one global order, so together they see each position once an epoch, and n positions
-    from each of p processes are the same positions for every p with the same n p. Raises InputError for no positions,
-    and as `dealt_out`.
+    Raises InputError for no positions.
     """
     if not len(positions):
         raise InputError("no positions to stream: select some with a lower positions.threshold or a larger share")
-    ordered = grain.MapDataset.source(positions).seed(seed % 2**32).shuffle().repeat()
-    return dealt_out(ordered, process_index, process_count)
+    return in_order(grain.MapDataset.source(positions).seed(seed % 2**32).shuffle().repeat())
 
 
-def dealt_out(ordered: grain.MapDataset, process_index: int, process_count: int) -> grain.IterDataset:
-    """What one of several processes gets of an order in memory; raises InputError for a process that is not there."""
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process {process_index} of {process_count}: processes count from 0")
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # threads would cost more than they hide
-    return ordered[process_index::process_count].to_iter_dataset(options)
+def in_order(positions: grain.MapDataset) -> grain.IterDataset:
+    """A stream of what lies in memory, without the threads that would cost more than they hide."""
+    return positions.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> None:

@@ -27,15 +27,13 @@ def assemble(
     config: PromptConfig,
     documents: Mapping[int, np.ndarray] | Sequence[np.ndarray],
     positions: Sequence[Position],
-    length: int | None = None,
 ) -> Prompts:
     """Prompts for positions; documents[position.document] are the token ids of a document.
 
     A context that leaves no room for head and tail within config.max_tokens loses its left end; around a masked span,
     see `context_around`. The truth goes on to the end of the document, or of the target where the position gives its
-    length. `length` is the padded T; left out, it is the smallest multiple of LENGTH_STEP that holds the batch. Raises
-    InputError as `frame`, `context_around` and `truth` do, for a position outside its document, and for a prompt longer
-    than `length`.
+    length. T is the smallest multiple of LENGTH_STEP that holds the batch. Raises InputError as `frame`,
+    `context_around` and `truth` do, and for a position outside its document.
     """
     head, gap, tail = frame(tokenizer, template, config.max_tokens)
     room = config.max_tokens - len(head) - len(tail)
@@ -54,7 +52,7 @@ def assemble(
         truths.append(truth(tokenizer.token_bytes, tokens_T, position, config.truth_bytes))
     lengths_N = np.array([len(prompt) for prompt in prompts], np.int32)
     return Prompts(
-        tokens_NT=_pad(prompts, lengths_N, length),
+        tokens_NT=_pad(prompts),
         lengths_N=lengths_N,
         ids_N2=np.array([(position.document, position.index) for position in positions], np.uint32).reshape(-1, 2),
         truth_NX=np.stack([truth_X for truth_X, _ in truths]),
@@ -159,13 +157,9 @@ def frame(tokenizer, template: Template, max_tokens: int) -> tuple[np.ndarray, n
     return head, None if template.gap is None else gap, tail
 
 
-def _pad(prompts: list[np.ndarray], lengths_N: np.ndarray, length: int | None) -> np.ndarray:
-    longest = int(lengths_N.max(initial=1))
-    if length is None:
-        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    if longest > length:
-        raise InputError(f"a prompt of {longest} tokens does not fit into a batch of length {length}: raise the length")
-    tokens_NT = np.zeros((len(prompts), length), np.int32)
+def _pad(prompts: list[np.ndarray]) -> np.ndarray:
+    longest = max([1, *map(len, prompts)])
+    tokens_NT = np.zeros((len(prompts), -(-longest // LENGTH_STEP) * LENGTH_STEP), np.int32)
     for tokens_T, prompt in zip(tokens_NT, prompts, strict=True):
         tokens_T[: len(prompt)] = prompt
     return tokens_NT

@@ -23,18 +23,15 @@ MARKERS = ("o", "s", "D", "^", "v", "P")
 INK, QUIET, FAINT = "#222222", "#666666", "#DDDDDD"  # what is read; axes; grid
 DOTS_PER_INCH = 150
 
-# Key of metrics.jsonl -> title, the figure of evaluations.jsonl that is shown in the same panel, whether it is a share.
-PANELS = {
-    "reward": ("Reward", "", True),
-    "accuracy": ("Right answers", "reasoning", True),
-    "format_rate": ("Format rate", "format_rate", True),
-    "length": ("Response length (tokens)", "response_length", False),
+PANELS = {  # key of metrics.jsonl -> title, whether it is a share
+    "reward": ("Reward", True),
+    "accuracy": ("Right answers", True),
+    "format_rate": ("Format rate", True),
+    "length": ("Response length (tokens)", False),
 }
 
 
-def learning_curve(
-    rows: Sequence[Mapping], path: str | Path, *, evaluations: Sequence[Mapping] = (), title: str = "Learning curve"
-) -> Path:
+def learning_curve(rows: Sequence[Mapping], path: str | Path, *, title: str = "Learning curve") -> Path:
     """Reward, right answers, format rate and response length of the rollouts over the updates, in a PNG.
 
     Faint lines are the steps, the strong line their running mean. A panel whose key no row has is left out, and so is
@@ -42,8 +39,6 @@ def learning_curve(
 
     Args:
         rows: of metrics.jsonl, {"step": updates made, "reward": ..., ...}.
-        evaluations: of evaluations.jsonl, {"step": ..., split: {"reasoning": ..., "standard_errors": {...}, ...}};
-            held-out points with their errors, a colour for each split.
 
     Raises InputError where there is nothing to draw.
     """
@@ -53,13 +48,10 @@ def learning_curve(
     if not panels:
         raise InputError(f"{len(rows)} rows have none of {', '.join(PANELS)}: give the rows of metrics.jsonl")
     figure, axes = _figure(title, (3.6 * len(panels), 3.4), len(panels))
-    splits = list(dict.fromkeys(name for row in evaluations for name in row if isinstance(row[name], Mapping)))
     for axis, key in zip(axes, panels, strict=True):
-        name, held_out, is_share = PANELS[key]
+        name, is_share = PANELS[key]
         axis.set_title(name, fontsize=11, color=INK, loc="left")
         _draw_steps(axis, rows, key)
-        for i, split in enumerate(splits):
-            _draw_held_out(axis, evaluations, split, held_out, i)
         axis.set_xlabel("updates", fontsize=10, color=INK)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if is_share:
@@ -67,8 +59,6 @@ def learning_curve(
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axis.set_ylim(bottom=0)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    _legend(figure, handles)
     return _save(figure, path)
 
 
@@ -211,22 +201,7 @@ def _draw_steps(axis: Axes, rows: Sequence[Mapping], key: str) -> None:
     if window >= 2:
         axis.plot(steps, values, color="#BBBBBB", linewidth=0.8, zorder=1)
         values = running_mean(values, window)
-    axis.plot(steps, values, color=INK, linewidth=1.6, label="training rollouts", zorder=2)
-
-
-def _draw_held_out(axis: Axes, evaluations: Sequence[Mapping], split: str, name: str, i: int) -> None:
-    """One split's points over the updates."""
-    points = [
-        (row["step"], row[split][name], row[split].get("standard_errors", {}).get(name) or 0.0)
-        for row in evaluations
-        if row.get(split, {}).get(name) is not None
-    ]
-    if points:
-        steps, values, errors = zip(*points, strict=True)
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axis.errorbar(
-            steps, values, errors, **style, markersize=5, linewidth=1.2, capsize=2, label=f"held out, {split}", zorder=3
-        )
+    axis.plot(steps, values, color=INK, linewidth=1.6, zorder=2)
 
 
 def _figure(title: str, inches: tuple[float, float], columns: int, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
