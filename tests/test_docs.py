@@ -17,7 +17,7 @@ import tyro
 from rpt_jax import cli, experiment_file, help, settings
 from rpt_jax.config import Config
 from rpt_jax.learning.custom_judge import judged
-from rpt_jax.scaling import sweep_cell
+from rpt_jax.scaling import sweep_cell, sweep_xpk
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("experiments", "rpt_jax/docs")
@@ -233,6 +233,8 @@ def test_the_example_of_a_sweep_makes_runs(tmp_path):
     assert len({cell.name for cell in cells}) == len({cell.config.seed for cell in cells}) == 12
     for cell in cells:
         cell.config.check()
+        assert cell.config.evaluate.annotated  # without it no cell could make its row
+    assert len(sweep_xpk.commands("mine.py", cells, sweep_xpk.Xpk("cluster", "v5litepod-16"), "/mnt/sweep")) == 12
     assert all(isinstance(cell.config, Config) for cell in cells)
 
 
