@@ -14,6 +14,7 @@ import jax
 from rows import append_row, read_rows
 
 from rpt_jax.bench.kernel import KernelBench, bench_kernel
+from rpt_jax.learning.run_rows import flat
 
 RESULTS = Path(__file__).parent / "results" / "kernel.csv"
 HEAD = {"tokens": 4096, "width": 5120, "vocabulary": 152064}  # of DeepSeek-R1-Distill-Qwen-14B
@@ -28,15 +29,10 @@ SETTINGS = {
 }
 
 
-def flat(figures: dict, prefix: str = "") -> dict:
-    """Nested figures as columns, names joined by points."""
-    row = {}
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            row |= flat(value, f"{prefix}{name}.")
-        else:
-            row[f"{prefix}{name}"] = float(f"{value:.6g}") if isinstance(value, float) else value
-    return row
+def columns_of(figures: dict) -> dict:
+    """Nested figures as columns, names joined by points, six digits."""
+    row = flat(figures, joint=".")
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def main(names: list[str]) -> None:
@@ -48,7 +44,7 @@ def main(names: list[str]) -> None:
             columns = ("target", "shape.tokens", "shape.width", "shape.vocabulary")
             if sizes in [tuple(row[column] for column in columns) for row in read_rows(RESULTS)]:
                 continue
-            append_row(RESULTS, flat(bench_kernel(setting)) | {"jax": jax.__version__})
+            append_row(RESULTS, columns_of(bench_kernel(setting)) | {"jax": jax.__version__})
 
 
 if __name__ == "__main__":

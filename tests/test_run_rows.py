@@ -33,6 +33,7 @@ def test_a_damaged_row_is_named(tmp_path, line, message):
 
 def test_names_are_joined():
     assert flat({"a": {"b": 1, "c": {"d": []}}, "e": None}) == {"a/b": 1, "a/c/d": [], "e": None}
+    assert flat({"a": {"b": {"c": 1}}}, joint=".") == {"a.b.c": 1}
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,10 @@ def flops_spent(folder: Path, step: int) -> float:
         raise InputError(f"{path}: a row does not say what it has spent ({error!r}): mend or delete it") from error
 
 
-def flat(row: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by "/"."""
+def flat(row: dict, prefix: str = "", joint: str = "/") -> dict[str, Any]:
+    """Nested names joined by `joint`."""
     out = {}
     for name, value in row.items():
-        out |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        inner = isinstance(value, dict)
+        out |= flat(value, f"{prefix}{name}{joint}", joint) if inner else {f"{prefix}{name}": value}
     return out
