@@ -229,7 +229,7 @@ def main() -> None:
             print(f"{given.surface}: {done} cases, {found} new paths, {faults} faults", flush=True)
         keep_some(given.surface, given.folder / "pool")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    row = {"surface": given.surface, "cases": done, "seed": given.seed, "new_paths": found, "tracebacks": faults}
+    row = {"surface": given.surface, "cases": done, "seed": given.seed, "new_paths": found, "faults": faults}
     append_row(given.results, row | {"seconds": round(time.perf_counter() - began, 1), "commit": commit})
 
 

@@ -88,5 +88,5 @@ def test_a_fault_is_found_and_counted(tmp_path):
     names = sorted(path.name.rpartition(".")[0] for path in (tmp_path / "f").glob("*.bin"))
     assert len(names) == 2 and "KeyError" in names[0] and "death" in names[1]
     header, row = (tmp_path / "x.csv").read_text().splitlines()
-    assert header == "surface,cases,seed,new_paths,tracebacks,seconds,commit"
+    assert header == "surface,cases,seed,new_paths,faults,seconds,commit"
     assert row.startswith("texts,") and int(row.split(",")[4]) >= 2
