@@ -20,7 +20,7 @@ M_ARENA_MAX = -8  # malloc.h
 def share_arenas() -> None:
     """Bounds the pools of this process, for good, where the C library is glibc and the user has not set a bound.
 
-    To be called before there are threads: pools that exist stay. A user's bound is MALLOC_ARENA_MAX or
+    To be called early, since pools that exist stay. A user's bound is MALLOC_ARENA_MAX or
     glibc.malloc.arena_max in GLIBC_TUNABLES, see mallopt(3).
     """
     if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):

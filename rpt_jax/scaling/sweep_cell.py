@@ -28,7 +28,7 @@ from typing import Literal
 
 import jax
 
-from rpt_jax import commands, compilation
+from rpt_jax import commands, compilation, host_memory
 from rpt_jax import mesh as meshes
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--claim", type=int, required=True)
     parser.add_argument("--cores", default="")
     given = parser.parse_args(argv)
+    host_memory.share_arenas()
     if given.cores:
         os.sched_setaffinity(0, [int(core) for core in given.cores.split(",")])  # before XLA counts them
     logging.basicConfig(format="%(message)s")
