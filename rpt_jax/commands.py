@@ -58,7 +58,7 @@ class PretrainRun:
 
     output: str = "runs/base"  # policy folder to write
     vocab_size: int = 4096  # pieces of SentencePiece, where corpus.tokenizer names no tokenizer
-    seed: int = 0  # the same in annotate and train, so that they hold out the same documents
+    seed: int = 0  # the same in annotate, so that both hold out the same documents
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     model: ModelConfig = field(default_factory=ModelConfig)  # vocab_size is the tokenizer's
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

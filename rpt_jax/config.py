@@ -204,8 +204,8 @@ class RewardConfig:
             raise InputError(f"reward.ema_decay={self.ema_decay}: use 0 to 1 (RLP: 0.999)")
         if self.kind == "information_gain" and advantage != "leave_one_out":
             raise InputError(
-                f"reward.kind=information_gain with update.advantage={advantage}: a standard deviation would blow up "
-                "gains that hardly differ, and RLP has none; use --update.advantage leave_one_out"
+                f"reward.kind=information_gain with update.advantage={advantage}: gains are compared with those of the "
+                "group's other rollouts, as RLP does; use --update.advantage leave_one_out"
             )
         if self.kind == "information_gain" and target != "next_token":
             raise InputError(
