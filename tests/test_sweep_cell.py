@@ -68,6 +68,19 @@ def rows_of(settings):
         return {row["cell"]: row for row in csv.DictReader(file)}
 
 
+def test_cells_that_learn_from_questions_are_measured_on_the_same_ones(tmp_path):
+    """By their seeds they would hold out others, and evaluation has one seed: on questions that were learnt from."""
+    path = tmp_path / "asking.py"
+    code = "from rpt_jax.config import Config, QuestionConfig\nfrom rpt_jax.scaling.sweep_cell import Cell\n\n"
+    code += "def cells(folder):\n    asked = QuestionConfig(('x.jsonl',), {})\n"
+    code += "    return [Cell('a', 'toy', 7, Config(questions=asked))]\n"
+    path.write_text(code.format("holdout=9"))
+    with pytest.raises(sweep_cell.InputError, match="cell 'a' learns from questions: .*questions.evaluate_files"):
+        sweep_cell.load_sweep(str(path), tmp_path)
+    path.write_text(code.format("evaluate_files=('y.jsonl',)"))
+    assert sweep_cell.load_sweep(str(path), tmp_path)[1]
+
+
 def test_rows_are_what_the_runs_measured(experiment, tmp_path):
     settings = settings_in(tmp_path, "a", only=("toy-2", "broken"), workers=2)
     figures = sweep.sweep(str(experiment), settings)

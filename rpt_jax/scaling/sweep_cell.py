@@ -87,6 +87,11 @@ def load_sweep(path: str, folder: Path) -> tuple[ModuleType, list[Cell]]:
         for name in filter(None, (cell.name, cell.needs)):
             if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
                 raise InputError(f"{path}: cell or stage {name!r}: use letters, digits, '.', '_' and '-'")
+        if cell.config.questions.files and not cell.config.questions.evaluate_files:
+            raise InputError(
+                f"{path}: cell {cell.name!r} learns from questions: name others that all cells are measured on, "
+                "questions.evaluate_files (those of questions.holdout are other ones for each seed)"
+            )
     names = [cell.name for cell in cells]
     if not cells or len(set(names)) < len(names):
         twice = next((name for name in names if names.count(name) > 1), "none")
