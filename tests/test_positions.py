@@ -79,6 +79,21 @@ def test_an_interrupted_part_is_not_there(folder, monkeypatch):
     assert len(positions.open_annotated(folder)) == 2
 
 
+def test_an_annotation_that_was_broken_off_is_not_learnt_from(folder):
+    """Its header says how many documents there are to be."""
+
+    def knows_of(wanted):
+        return dataclasses.replace(annotated, header=annotated.header | {"documents": wanted})
+
+    annotated = positions.open_annotated(folder)
+    assert len(positions.select_positions(knows_of(2), PositionConfig(threshold=0.0), 0)) == 6
+    assert len(positions.difficulty_splits(knows_of(2))["easy"])
+    with pytest.raises(InputError, match="has 2 of 3 documents: run the same `rpt annotate` again"):
+        positions.select_positions(knows_of(3), PositionConfig(threshold=0.0), 0)
+    with pytest.raises(InputError, match="has 2 of 3 documents"):
+        positions.difficulty_splits(knows_of(3))
+
+
 @pytest.mark.parametrize(
     "config, expected",
     [

@@ -237,9 +237,11 @@ def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed
     """Positions to train on: entropy above a threshold, the top share by entropy, or a random share of `candidates`.
 
     In stored order whatever the kind; `seed` matters to "random" only. Ties at the edge of the top share go to
-    the earlier position. Raises InputError where settings clash with the annotation or no position is left.
+    the earlier position. Raises InputError where settings clash with the annotation, where that was broken off, and
+    where no position is left.
     """
     _check_settings(annotated, config)
+    _require_finished(annotated)
     if config.select == "threshold":
         chosen = candidates(annotated, config, above=config.threshold)
         if len(chosen):
@@ -269,8 +271,10 @@ def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed
 def difficulty_splits(annotated: AnnotatedDocuments, config: PositionConfig | None = None) -> dict[str, Positions]:
     """Positions with entropy above 0.5, 1.0 and 1.5 nats: easy contains medium contains hard. A split may be empty.
 
-    Segments have a split `all`, too: RLPT takes them whatever their entropy.
+    Segments have a split `all`, too: RLPT takes them whatever their entropy. Raises InputError for an annotation that
+    was broken off.
     """
+    _require_finished(annotated)
     config = PositionConfig() if config is None else config
     limits = DIFFICULTIES if config.target == "next_token" else {"all": -np.inf} | DIFFICULTIES
     pool = candidates(annotated, config, above=min(limits.values()))
@@ -303,6 +307,16 @@ def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> No
             )
     if config.select != "threshold" and not 0 < config.share <= 1:
         raise InputError(f"positions.share={config.share} must be above 0 and at most 1 for {config.select}")
+
+
+def _require_finished(annotated: AnnotatedDocuments) -> None:
+    """Raises InputError where the header knows of more documents than the parts hold."""
+    wanted = annotated.header.get("documents", 0)
+    if type(wanted) is int and len(annotated) < wanted:
+        raise InputError(
+            f"{annotated.folder} has {len(annotated)} of {wanted} documents: run the same `rpt annotate` again, which "
+            "makes the others"
+        )
 
 
 def _read_header(path: Path) -> dict:
