@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,10 @@ from toy import Stop, rows_of, stop_at
 
 from rpt_jax.config import CheckpointConfig, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
 from rpt_jax.learning import checkpoints, collect, policy_folder, run_folder, run_rows, train
+from rpt_jax.learning.inputs import Inputs
 from rpt_jax.learning.update import init_state, make_optimizer
-from rpt_jax.mesh import AXES, make_mesh
+from rpt_jax.mesh import AXES, make_mesh, param_shardings, place
+from rpt_jax.policy import decoder
 from rpt_jax.records import InputError
 
 STEPS = 24  # the same in all runs, so that they share what is compiled
@@ -286,6 +289,26 @@ def test_kl_is_to_the_starting_policy(tmp_path, monkeypatch):
     (first, reference_NGR), (second, second_NGR) = captured
     np.testing.assert_allclose(reference_NGR, first.logprobs_NGR, atol=1e-4)
     assert np.abs(np.asarray(second_NGR) - second.logprobs_NGR).max() > 0.01
+
+
+def test_a_run_holds_its_parameters_once(tmp_path, monkeypatch):
+    """What was loaded is gone from the devices once the state has its own copy."""
+    mesh = mesh_of(1, 1, 1)
+    arguments = toy.arguments(mesh=mesh)
+    model, params, tokenizer = arguments["policy"]
+    loaded = [place(params, param_shardings(mesh, decoder.logical_axes(model), params))]
+    alive = [weakref.ref(leaf) for leaf in jax.tree.leaves(loaded)]
+
+    def load_inputs(config):
+        shared = {name: arguments[name] for name in ("annotated", "positions", "template", "mesh")}
+        return Inputs(config, (model, loaded.pop(), tokenizer), **shared)
+
+    def look(params, step):
+        raise Stop(sum(each() is not None for each in alive))
+
+    monkeypatch.setattr(train.inputs, "load_inputs", load_inputs)
+    with pytest.raises(Stop, match="^0$"):
+        train.run(settings(tmp_path / "run"), lambda found: look)
 
 
 @pytest.mark.parametrize("host", [{}, {"stream": None, "queue": 7}, {"queue": [[1, 2]], "flops": "x"}])

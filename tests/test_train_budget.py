@@ -1,6 +1,7 @@
 """Claims: FLOPs are those that were spent, a run with a budget ends with the update that reaches it, and one that
 continues remembers what it has spent."""
 
+import dataclasses
 import functools
 import json
 import tempfile
@@ -12,6 +13,7 @@ import toy
 from test_train import assert_same_run, assert_same_state, evaluate, finished, run, settings
 from toy import Stop, rows_of, stop_at
 
+from rpt_jax.config import EvaluateConfig
 from rpt_jax.learning import checkpoints, run_folder, run_rows
 from rpt_jax.policy import flops
 from rpt_jax.records import InputError
@@ -24,6 +26,14 @@ def test_flops_are_those_of_all_rounds_and_of_the_batch():
     assert (row["sampled_prompts"], row["sampled_rollouts"], row["sampled_prompt_tokens"]) == (16, 128, 64)
     assert row["flops_sample"] == flops.sampling(model, 16, 64, 128, row["sampled_tokens"])
     assert row["flops_update"] == flops.update(model, 8, 32, 64, tokens) and tokens < row["sampled_tokens"]
+
+
+def test_the_reference_of_a_kl_is_counted_too(tmp_path):
+    """A forward pass over the batch: a third of what the update itself takes."""
+    config = settings(tmp_path / "run", steps=1, evaluate=EvaluateConfig(every=0))
+    run(dataclasses.replace(config, update=dataclasses.replace(config.update, kl_coefficient=0.1)), evaluate=None)
+    (row,) = rows_of(tmp_path / "run")
+    assert row["flops_update"] == 4 / 3 * flops.update(toy.model(), 8, 32, 64, row["response_tokens"])
 
 
 @functools.cache

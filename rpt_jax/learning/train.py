@@ -61,8 +61,19 @@ EXIT = 128  # + number of the signal: exit status of a run that was told to stop
 def run(config: Config, make_evaluate: Callable[[Inputs], Evaluate] | None = None) -> TrainState:
     """train on what the config's paths lead to; make_evaluate gives its `evaluate`."""
     found = inputs.load_inputs(config)
-    arguments = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    return train(**arguments, evaluate=make_evaluate(found) if make_evaluate else None)
+    evaluate = make_evaluate(found) if make_evaluate else None
+    policies, annotated, positions = [found.policy], found.annotated, found.positions
+    config, template, mesh = found.config, found.template, found.mesh
+    del found  # train makes room on the devices: nothing here may hold on to the parameters
+    return train(
+        config,
+        policies.pop(),
+        annotated=annotated,
+        positions=positions,
+        template=template,
+        evaluate=evaluate,
+        mesh=mesh,
+    )
 
 
 def train(
@@ -163,7 +174,7 @@ def _loop(
                 state, metrics = _update(run, state, groups, done)
             state = jax.device_put(state, shardings)  # moves nothing, unless the compiler chose another layout
             done += 1
-            row = with_rates({"step": done} | row | metrics, run.source.model)
+            row = with_rates({"step": done} | row | metrics, run.source.model, run.reference is not None)
             spent += row["flops_sample"] + row["flops_update"]
             row, host = row | {"flops_spent": spent}, _host_state(stream, queue, spent)
             run_folder.write_step(run.record, row, list(shown(run.source, groups, config.rollouts_logged, done)))
@@ -265,22 +276,25 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
     return state, row | {"seconds_update": time.perf_counter() - began, "programs_compiled": compilation.programs()}
 
 
-def with_rates(row: dict, model: ModelConfig) -> dict:
+def with_rates(row: dict, model: ModelConfig, has_reference: bool = False) -> dict:
     """The row with its seconds, response tokens per second (of sampling alone and of the whole step), and matmul FLOPs.
 
     Sampling is counted with all rounds of dynamic sampling and the passes in which a reward is computed (flops_reward),
-    the update with the batch; padding with neither. `finite` is left out: a row is of an update that was made.
+    the update with the batch, and with a forward pass of a reference; padding with neither. `finite` is left out: a row
+    is of an update that was made.
     """
     seconds = row["seconds_sample"] + row["seconds_reward"] + row["seconds_update"]
     group_size = row["sampled_rollouts"] // row["sampled_prompts"]
     sampled = (row["sampled_prompts"], row["sampled_prompt_tokens"], row["sampled_rollouts"], row["sampled_tokens"])
     prompts = row["sampled_prompts"] // row["rounds"]
+    batch = prompts, row["prompt_tokens"], prompts * group_size, row["response_tokens"]
     more = {
         "seconds": seconds,
         "sample_tokens_per_second": row["sampled_tokens"] / row["seconds_sample"],
         "tokens_per_second": row["sampled_tokens"] / seconds,
         "flops_sample": flops.sampling(model, *sampled) + row["flops_reward"],
-        "flops_update": flops.update(model, prompts, row["prompt_tokens"], prompts * group_size, row["response_tokens"])
+        "flops_update": flops.update(model, *batch)
+        + (flops.sampling(model, *batch) if has_reference else 0)
         + flops.pretraining(model, row.get("next_token_rows", 0), row.get("next_token_tokens", 0)),
     }
     return {name: value for name, value in row.items() if name != "finite"} | more
