@@ -12,6 +12,7 @@ import pytest
 from rpt_jax import cli
 from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, RewardConfig, SampleConfig, UpdateConfig
 from rpt_jax.planning import phases, plan, search
+from rpt_jax.records import InputError
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 SMALL = plan.PlanRun(
@@ -128,6 +129,14 @@ def test_an_average_of_policies_is_planned():
         grown = [each.arguments + each.resident for each in memory]
         assert more <= grown[1] - grown[0] <= 1.1 * more  # whole tiles
     assert plan.least_gib(gain) > plan.least_gib(SMALL)
+
+
+@LIBTPU
+def test_a_batch_that_does_not_divide_is_named():
+    """As `rpt train` does, and not with figures of a smaller one."""
+    for batch_size in (1, 5):
+        with pytest.raises(InputError, match=f"batch of {batch_size} prompts does not divide over"):
+            plan.plan(dataclasses.replace(SMALL, batch_size=batch_size))
 
 
 def test_meshes_are_tried_from_the_fastest_until_one_fits(monkeypatch, capsys):

@@ -17,6 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from rpt_jax.config import Config, MeshConfig
+from rpt_jax.learning.inputs import check_divides
 from rpt_jax.mesh import make_mesh
 from rpt_jax.planning import phases, search
 from rpt_jax.planning.estimate import (
@@ -55,6 +56,7 @@ def plan(config: PlanRun) -> dict:
         else:
             if not config.choose_mesh:
                 meshes = [_resolved(config)]
+                _require_dividing(meshes[0])
             else:
                 every = [dataclasses.replace(config, mesh=mesh) for mesh in search.candidates(config, chips)]
                 meshes = [trial for trial in every if may_fit(trial)] or every[:1]
@@ -146,6 +148,12 @@ def _resolved(config: PlanRun) -> PlanRun:
     """With the sizes of the mesh as they are on this slice."""
     shape = make_mesh(config.mesh, _devices(config.topology)).shape
     return dataclasses.replace(config, mesh=MeshConfig(**shape))
+
+
+def _require_dividing(config: PlanRun) -> None:
+    """Raises InputError for a batch that the mesh cannot split, as `rpt train` would."""
+    shared = {"batch_size": config.batch_size, "sample": config.sample, "update": config.update}
+    check_divides(Config(model=config.model, **shared), make_mesh(config.mesh, _devices(config.topology)))
 
 
 def _job(config: PlanRun) -> phases.Job:
