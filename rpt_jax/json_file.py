@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a text file whole or not at all, also where others write it at the same time: the last one counts."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _depth(content: bytes | str) -> int:

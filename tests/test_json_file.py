@@ -1,10 +1,11 @@
 """Claims: what cannot be used of JSON is a ValueError, whatever json.loads would make of it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rpt_jax.json_file import DEEPEST, parsed, parsed_text, read_object, write_json
+from rpt_jax.json_file import DEEPEST, parsed, parsed_text, read_object, write_json, write_whole
 from rpt_jax.records import InputError
 
 
@@ -70,3 +71,11 @@ def test_an_object_comes_back_and_one_that_is_none_leaves_the_old(tmp_path):
         with pytest.raises(TypeError):
             write_json(path, content)
     assert read_object(path) == {"a": [1, "\u2028 é"]} and [each.name for each in path.parent.iterdir()] == ["a.json"]
+
+
+def test_many_writers_of_one_file_get_in_nobodys_way(tmp_path):
+    path, texts = tmp_path / "a.json", [str(number) * 10_000 for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(write_whole, path, text) for _ in range(100) for text in texts]:
+            done.result()
+    assert path.read_text() in texts and [each.name for each in tmp_path.iterdir()] == ["a.json"]

@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from rpt_jax.json_file import write_whole
 from rpt_jax.records import InputError
 from rpt_jax.scaling import bootstrap, power_law
 from rpt_jax.scaling.power_law import Cells, Law
@@ -305,6 +306,6 @@ def fit(path: str, settings: FitSettings, draw: Callable[[Sequence[Curve], dict,
         log.info("drew %s", draw(curves, found, picture))
     figures = picture.with_suffix(".fit.json")
     figures.parent.mkdir(parents=True, exist_ok=True)
-    figures.write_text(json.dumps(found) + "\n")
+    write_whole(figures, json.dumps(found) + "\n")
     log.info("wrote %s", figures)
     return found

@@ -28,7 +28,7 @@ from rpt_jax.corpus.positions import Position
 from rpt_jax.corpus.prompts import assemble, parse_answers
 from rpt_jax.corpus.templates import CHATS, Template, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.json_file import write_json
+from rpt_jax.json_file import write_json, write_whole
 from rpt_jax.learning import run_folder
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy
@@ -300,7 +300,8 @@ def _write(config: ChoicesRun, questions: Sequence[Question], modes: dict[str, A
         write_json(Path(config.results), figures)
     if config.answers:
         Path(config.answers).parent.mkdir(parents=True, exist_ok=True)
-        with open(config.answers, "w") as file:
-            for n, question in enumerate(questions):
-                row = {"where": question.where, "category": question.category, "answer": LETTERS[question.answer]}
-                print(json.dumps(row | {name: each.shown[n] for name, each in modes.items()}), file=file)
+        lines = []
+        for n, question in enumerate(questions):
+            row = {"where": question.where, "category": question.category, "answer": LETTERS[question.answer]}
+            lines.append(json.dumps(row | {name: each.shown[n] for name, each in modes.items()}) + "\n")
+        write_whole(Path(config.answers), "".join(lines))

@@ -24,7 +24,7 @@ import numpy as np
 import rpt_jax
 from rpt_jax.config import Config
 from rpt_jax.config_dict import to_dict
-from rpt_jax.json_file import parsed, read_object
+from rpt_jax.json_file import parsed, read_object, write_whole
 from rpt_jax.learning.run_rows import flat
 from rpt_jax.records import InputError
 
@@ -73,7 +73,7 @@ def write_report(given: Sequence[str], config: ReportConfig) -> dict:
     path = Path(config.output or Path(folders[0]) / ("report.html" if len(runs) == 1 else "comparison.html"))
     path.parent.mkdir(parents=True, exist_ok=True)
     text = page(title, data)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_whole(path, text)
     return {
         "report": str(path),
         "runs": len(runs),
