@@ -13,19 +13,22 @@ from rpt_jax.records import InputError, words_of
 
 
 def load_module(path: str) -> ModuleType:
-    """Runs an experiment file, which may import its neighbours in the folder; raises InputError where that fails."""
+    """Runs an experiment file, which may import its neighbours in the folder; raises InputError where that fails.
+
+    The folder stays on Python's path, for what the file's functions import when they are called.
+    """
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no experiment file {path}; the ones that come with the project are in experiments/")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"_experiment_{file.stem}", file)
     if spec is None:
         raise InputError(f"{path} does not end in .py: name an experiment file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.resolve().parent))
-    try:
-        called(path, spec.loader.exec_module, module)
-    finally:
-        sys.path.pop(0)
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.modules[spec.name] = module  # where dataclasses look for the names of types that are text
+    called(path, spec.loader.exec_module, module)
     return module
 
 

@@ -55,3 +55,14 @@ def test_what_goes_wrong_in_a_file_is_named_with_its_line(tmp_path, body, messag
     path.write_text(body)
     with pytest.raises(InputError, match=rf"broken\.py.*{message}"):
         load_experiment(str(path))
+
+
+def test_a_file_may_have_dataclasses_with_types_as_text_and_import_neighbours_late(tmp_path):
+    (tmp_path / "late_neighbour.py").write_text("STEPS = 5\n")
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom rpt_jax.config import Config\n\n"
+        "@dataclass\nclass Mine:\n    steps: int = 1\n\n"
+        "def config():\n    import late_neighbour\n    return Config(steps=late_neighbour.STEPS + Mine().steps)\n"
+    )
+    assert load_experiment(str(path)).steps == 6
