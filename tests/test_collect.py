@@ -86,8 +86,8 @@ def test_the_queue_is_drawn_from_first_and_what_is_left_of_it_stays(run_collect)
     assert rounds == [[90, 91, 0, 1], [2, 3, 4, 5]] and chosen == [91, 0, 1, 2] and queue == [3, 4, 5]
 
 
-def test_the_key_is_that_of_seed_and_step_in_every_round(monkeypatch):
-    """Same step, same key, whatever the round or queue; another step or seed, another key."""
+def test_the_key_is_that_of_seed_step_and_round(monkeypatch):
+    """Whatever the queue. A position that comes again in another round gets rollouts of its own."""
     keys = []
 
     def roll(source, params, positions, key, state):
@@ -101,8 +101,9 @@ def test_the_key_is_that_of_seed_and_step_in_every_round(monkeypatch):
         source = Source(settings, toy.model(), None, None, None, (), None)
         stream = (Position(0, index, 0.0) for index in itertools.count())
         collect.collect(source, None, stream, queue, step)
-    assert keys[0] == tuple(jax.random.key_data(jax.random.fold_in(jax.random.key(0), 3)).tolist())
-    assert keys[:4] == [keys[0]] * 4 and len({keys[0], keys[4], keys[6]}) == 3
+    of_step = jax.random.fold_in(jax.random.key(0), 3)
+    expected = [tuple(jax.random.key_data(key).tolist()) for key in (of_step, jax.random.fold_in(of_step, 1))]
+    assert keys[:4] == 2 * expected and len(keys) == 8 and len(set(keys)) == 6
 
 
 def test_rounds_are_bounded_and_agreeing_groups_then_fill_the_batch(run_collect):

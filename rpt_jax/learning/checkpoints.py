@@ -32,8 +32,9 @@ NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError, Co
 
 def newest_step(folder: str | Path) -> int | None:
     """The step of the newest whole checkpoint in a folder, None where there is none; process 0 looks for all."""
-    is_there = jax.process_index() == 0 and epath.Path(folder).is_dir()
-    steps = ocp.utils.checkpoint_steps(folder) if is_there else []
+    with together():
+        is_there = jax.process_index() == 0 and epath.Path(folder).is_dir()
+        steps = ocp.utils.checkpoint_steps(folder) if is_there else []
     newest = max(steps, default=-1)
     if jax.process_count() > 1:
         newest = int(multihost_utils.broadcast_one_to_all(np.array(newest)))

@@ -117,7 +117,9 @@ def collect(
     dropped: list[tuple[int, int]] = []
     while not rounds or (is_dynamic and len(kept) < N and len(rounds) <= dynamic.max_rounds):
         positions, queue = draw(stream, queue, N)
-        made, seconds = roll(source, params, positions, key, state)
+        # of a round, too: few positions come again within a step, and the same rollouts would say nothing new
+        own_key = jax.random.fold_in(key, len(rounds)) if rounds else key
+        made, seconds = roll(source, params, positions, own_key, state)
         rounds.append(made)
         spent.append(seconds)
         agree_N = np.asarray(groups_agree(made.rewards_NG)) & is_dynamic
@@ -184,13 +186,13 @@ def _rewarded(
         mine = [positions[row] for row in rows]
         after_NG, plain_N, learnt_NG, cost = _next_token(source, state, prompts, rollouts, rows, mine)
         outcomes = dataclasses.replace(outcomes, thought_logprobs_NG=after_NG[rows], plain_logprobs_N=plain_N[rows])
-    elif config.reward.kind == "verified":
-        verdicts_NG = judging.verdicts(source.judge, judging.references_of(own), answers)
-        outcomes = dataclasses.replace(outcomes, verdicts_NG=verdicts_NG)
-    elif config.reward.kind == "judged":
-        outcomes = dataclasses.replace(outcomes, contexts_N=contexts_of(tokenizer, source.template, own))
     answered_NG = np.array([[answer is not None for answer in group] for group in answers])
     with together():
+        if config.reward.kind == "verified":
+            verdicts_NG = judging.verdicts(source.judge, judging.references_of(own), answers)
+            outcomes = dataclasses.replace(outcomes, verdicts_NG=verdicts_NG)
+        elif config.reward.kind == "judged":
+            outcomes = dataclasses.replace(outcomes, contexts_N=contexts_of(tokenizer, source.template, own))
         made = answered_NG, reward(config.reward, outcomes), right(outcomes), outcomes.verdicts_NG
     *made, verdicts_NG = all_rows(made, rows, len(positions))
     return Groups(positions, prompts, rollouts, *made, learnt_NG, cost, verdicts_NG)
@@ -209,8 +211,9 @@ def _next_token(
     All rows, in all processes; each reads the documents and responses of its own.
     """
     config, tokenizer, model, (N, G) = source.config, source.tokenizer, source.model, rollouts.lengths_NG.shape
-    read = next_token.thought_lengths(tokenizer.bytes_of, rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows])
-    texts = next_token.plain_contexts(source.documents, mine, config.prompt.max_tokens)
+    with together():
+        read = next_token.thought_lengths(tokenizer.bytes_of, rollouts.tokens_NGR[rows], rollouts.lengths_NG[rows])
+        texts = next_token.plain_contexts(source.documents, mine, config.prompt.max_tokens)
     (thoughts_NG, closed_NG), (plain, targets_N) = all_rows((read, texts), rows, N)
     closing, opening = (tokenizer.encode_markup(text) for text in (THOUGHT_END.decode(), config.reward.opening))
     after = next_token.after_thoughts(prompts, rollouts, thoughts_NG, closed_NG, closing, opening)
