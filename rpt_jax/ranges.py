@@ -15,11 +15,12 @@ ABOVE_0 = sys.float_info.min
 MANY, COUNT = 2**31 - 1, 2**24  # of steps, tokens or documents in all; of what is in memory at one time
 INTEGER = -(2**63), 2**63 - 1  # every whole number; a seed may be any
 POSITIVE, RATE, SHARE, FACTOR = (1, COUNT), (0, 1e3), (0, 1), (ABOVE_0, 1e9)
+BETA = 0, 1 - 1e-6  # with 1 a moment stays 0, and its bias correction, too
 TRAINING = {
     "learning_rate": RATE,
     "warmup_steps": (0, MANY),
-    "beta1": SHARE,
-    "beta2": SHARE,
+    "beta1": BETA,
+    "beta2": BETA,
     "weight_decay": RATE,
     "max_gradient_norm": (0, 1e30),
     "token_chunk": (0, COUNT),
@@ -90,6 +91,7 @@ BOUNDS = {  # by class and field, both ends included
     "SweepSettings": {"workers": (1, 1024)},
     "ReportConfig": {"rollouts": (0, MANY)},
     "ToPublished": {"context": (0, MANY), "file_gib": (ABOVE_0, 1e6)},
+    "BaseConfig": dict.fromkeys(("width", "layers", "heads", "examples"), (1, 2**14)) | {"examples": POSITIVE},
     "QuickstartConfig": dict.fromkeys(("documents", "evaluation_documents", "batch_size"), POSITIVE)
     | dict.fromkeys(("learning_rate", "next_token_learning_rate", "sft_learning_rate"), RATE)
     | {"seed": (0, 2**63 - 20_000), "steps": (1, MANY), "group_size": (2, 2**16), "temperature": (ABOVE_0, 1e6)},

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpt_jax.config import Config, PromptConfig, QuestionConfig, RewardConfig
+from rpt_jax.config import Config, PromptConfig, QuestionConfig, RewardConfig, UpdateConfig
 from rpt_jax.learning import judge
 from rpt_jax.learning.judge import CRASHED, RIGHT, TIMED_OUT, WRONG
 from rpt_jax.records import InputError, Prompts
@@ -281,6 +281,9 @@ def test_what_does_not_belong_together_is_named(monkeypatch):
         judge.check_questions(asked, are_questions=False)
     with pytest.raises(InputError, match="reward.kind=prefix with questions.*use --reward.kind verified"):
         judge.check_questions(Config(), are_questions=True)
+    sharing = dataclasses.replace(asked, update=UpdateConfig(next_token_share=0.1))
+    with pytest.raises(InputError, match="update.next_token_share=0.1 with questions"):
+        judge.check_questions(sharing, are_questions=True)
     with pytest.raises(InputError, match="prompt.template=v0 asks for the next token"):
         judge.check_questions(dataclasses.replace(asked, prompt=PromptConfig()), are_questions=True)
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)

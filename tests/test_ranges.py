@@ -10,10 +10,10 @@ from rpt_jax.config import Config, PromptConfig, QuestionConfig, SampleConfig
 from rpt_jax.planning import estimate
 from rpt_jax.records import InputError
 from rpt_jax.scaling import fit, sweep
-from rpt_jax.study import harness, multiple_choice, quickstart, report, sample
+from rpt_jax.study import base, harness, multiple_choice, quickstart, report, sample
 
 MODULES = (config, commands, convert, compare, kernel, step, estimate, fit, sweep)
-MODULES += (harness, multiple_choice, quickstart, report, sample)
+MODULES += (base, harness, multiple_choice, quickstart, report, sample)
 CLASSES = {
     name: kind
     for module in MODULES

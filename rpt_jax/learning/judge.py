@@ -52,6 +52,11 @@ def check_questions(config: Config, are_questions: bool) -> None:
             f"reward.kind={config.reward.kind} with {what}: answers to questions are verified and nothing else is, so "
             f"{'use --reward.kind verified' if are_questions else 'choose another kind, or give --questions.files'}"
         )
+    if are_questions and config.update.next_token_share:
+        raise InputError(
+            f"update.next_token_share={config.update.next_token_share} with questions: there is no text whose next "
+            "tokens could be learnt; use 0"
+        )
     if are_questions:
         check_ready(config.prompt)
 

@@ -20,6 +20,7 @@ from typing import Literal
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from rpt_jax.config import (
     CheckpointConfig,
@@ -45,7 +46,7 @@ from rpt_jax.learning.train import train
 from rpt_jax.policy.proxy import annotate
 from rpt_jax.records import InputError, Params
 from rpt_jax.study import controls
-from rpt_jax.study.base import END, BaseConfig, traced, train_base
+from rpt_jax.study.base import END, BaseConfig, model_config, traced, train_base
 from rpt_jax.study.evaluate import Evaluation, evaluate
 from rpt_jax.study.quickstart_results import collect_results, show_table, show_thoughts, write_plots
 
@@ -77,10 +78,16 @@ class QuickstartConfig:
     sft_learning_rate: float = 1e-3  # of the other; 3e-4 does as well
 
     def check(self) -> None:
-        """Raises InputError for settings of a base that is not trained."""
+        """Raises InputError for settings of a base that is not trained or cannot be, and for too few texts."""
         if self.base != BaseConfig() and not self.from_scratch:
             raise InputError(
                 "--base settings need a base of its own: add --from-scratch (the one that ships is as it is)"
+            )
+        model_config(self.base, 1).check()
+        if self.evaluation_documents < len(arithmetic.KINDS):
+            raise InputError(
+                f"evaluation_documents={self.evaluation_documents}: there are {len(arithmetic.KINDS)} kinds of texts, "
+                "so use as many or more"
             )
 
 
@@ -134,7 +141,7 @@ def main(config: QuickstartConfig, console: Console | None = None) -> dict:
     write_plots(folder, results, rows)
     show_table(results, say)
     show_thoughts(evaluations, exam, policy[2], say)
-    say(f"everything is in {folder}: results.json, plots/, rpt/ (metrics, rollouts, policy)")
+    say(f"everything is in {escape(str(folder))}: results.json, plots/, rpt/ (metrics, rollouts, policy)")
     return results
 
 
