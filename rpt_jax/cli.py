@@ -294,12 +294,14 @@ def show(figures: dict, as_json: bool) -> None:
         print(json.dumps(figures, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     shown = [name for name in columns if not any(isinstance(row.get(name), dict) for row in figures.values())]
-    table = Table("", *(name.replace("_", " ") for name in shown), box=None)
+    table = Table("", *(escape(name.replace("_", " ")) for name in shown), box=None)
     for split, row in figures.items():
-        table.add_row(split, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in map(row.get, shown)))
+        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in map(row.get, shown))
+        table.add_row(escape(split), *map(escape, cells))
     console = Console(width=None if sys.stdout.isatty() else 200)
     with console.capture() as made:  # for print: rich itself ends a process, with status 1, where nobody reads
         console.print(table)

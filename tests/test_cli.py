@@ -249,6 +249,12 @@ def test_figures_for_people(capsys):
     assert json.loads(capsys.readouterr().out) == {"steps": 2, "more": {}}
 
 
+def test_names_in_a_table_are_no_markup(capsys):
+    cli.show({"1.5b[bf16] hard": {"law [/b]": "a[/]"}}, False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["law", "[/b]"], ["1.5b[bf16]", "hard", "a[/]"]]
+
+
 def test_a_tokenizer_of_another_vocabulary_is_named_with_both_numbers(capsys, tmp_path):
     save_policy(tmp_path / "policy", toy.model(), toy.params(), toy.tokenizer(), {})
     toy.train_sentencepiece(["abc 01"] * 3, 9, tmp_path / "other", model_type="char", byte_fallback=False)
