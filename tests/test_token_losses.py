@@ -64,3 +64,9 @@ def test_aggregates_worked_by_hand():
     np.testing.assert_allclose(weights("constant", 8), live_NGR / (3 * 8), rtol=1e-6)
     with pytest.raises(ValueError, match="response limit"):
         weights("constant")
+
+
+def test_a_divisor_may_be_beyond_int32():
+    """256 x 128 responses with a limit of 65,536 tokens: 2^31."""
+    weights_NGR = update.token_weights(jnp.ones((256, 128), jnp.int32), 1, "constant", 65536)
+    np.testing.assert_array_equal(weights_NGR, np.full((256, 128, 1), 2.0**-31, np.float32))

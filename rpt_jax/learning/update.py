@@ -109,7 +109,7 @@ def token_weights(lengths_NG: Array, R: int, aggregate: str, response_limit: int
     elif response_limit is None:
         raise ValueError("aggregate='constant' divides by the response limit: give response_limit")
     else:
-        divisor = jnp.reshape(responses * response_limit, (1, 1, 1))
+        divisor = jnp.reshape(responses.astype(jnp.float32) * response_limit, (1, 1, 1))  # int32 could overflow
     return live_NGR / divisor
 
 
