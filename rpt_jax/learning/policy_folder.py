@@ -72,8 +72,12 @@ def save_policy(
         "provenance": provenance,
     }
     (part / "policy.json").write_text(json.dumps(content, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     part.rename(folder)
+    shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
 
 
 def require_policy_folder(folder: Path) -> None:
