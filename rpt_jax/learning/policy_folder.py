@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import jax
@@ -72,12 +73,13 @@ def save_policy(
         "provenance": provenance,
     }
     (part / "policy.json").write_text(json.dumps(content, indent=2) + "\n")
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    older = folder.with_name(f".{uuid.uuid4().hex}.old")  # nobody else's name
+    folder.rename(older)
     part.rename(folder)
-    shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def require_policy_folder(folder: Path) -> None:
