@@ -63,7 +63,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, also where others write it at the same time: the last one counts."""
+    """Writes a text file whole or not at all, also where others write it at the same time: the last one counts.
+
+    What is there already and no file (/dev/stdout) is written to; a link is followed.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -1,6 +1,7 @@
 """Claims: what cannot be used of JSON is a ValueError, whatever json.loads would make of it."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -79,3 +80,15 @@ def test_many_writers_of_one_file_get_in_nobodys_way(tmp_path):
         for done in [pool.submit(write_whole, path, text) for _ in range(100) for text in texts]:
             done.result()
     assert path.read_text() in texts and [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_links_are_followed_and_devices_stay(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("a.json")
+    write_whole(tmp_path / "link.json", "new")
+    assert (tmp_path / "a.json").read_text() == "new" and (tmp_path / "link.json").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_whole(tmp_path / "pipe", "piped")
+        assert read.result() == "piped" and (tmp_path / "pipe").is_fifo()
