@@ -88,7 +88,7 @@ def test_dropped_groups_are_sampled_but_not_updated_on():
 def test_bad_settings_and_folders_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="from-scratch"):
         QuickstartConfig(base=BaseConfig(width=256)).check()
-    with pytest.raises(InputError, match="head_channels=25 must be even"):
+    with pytest.raises(InputError, match="base.width=100 over base.heads=4 .* use a --base.width that 8 divides"):
         QuickstartConfig(from_scratch=True, base=BaseConfig(width=100)).check()
     with pytest.raises(InputError, match="evaluation_documents=12: there are 13 kinds"):
         QuickstartConfig(evaluation_documents=12).check()

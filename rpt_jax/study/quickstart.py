@@ -46,7 +46,7 @@ from rpt_jax.learning.train import train
 from rpt_jax.policy.proxy import annotate
 from rpt_jax.records import InputError, Params
 from rpt_jax.study import controls
-from rpt_jax.study.base import END, BaseConfig, model_config, traced, train_base
+from rpt_jax.study.base import END, BaseConfig, traced, train_base
 from rpt_jax.study.evaluate import Evaluation, evaluate
 from rpt_jax.study.quickstart_results import collect_results, show_table, show_thoughts, write_plots
 
@@ -83,7 +83,12 @@ class QuickstartConfig:
             raise InputError(
                 "--base settings need a base of its own: add --from-scratch (the one that ships is as it is)"
             )
-        model_config(self.base, 1).check()
+        channels = self.base.width // self.base.heads
+        if channels < 1 or channels % 2:
+            raise InputError(
+                f"base.width={self.base.width} over base.heads={self.base.heads} gives heads of {channels} channels, "
+                f"which RoPE cannot rotate in pairs: use a --base.width that {2 * self.base.heads} divides"
+            )
         if self.evaluation_documents < len(arithmetic.KINDS):
             raise InputError(
                 f"evaluation_documents={self.evaluation_documents}: there are {len(arithmetic.KINDS)} kinds of texts, "
