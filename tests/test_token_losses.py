@@ -66,7 +66,8 @@ def test_aggregates_worked_by_hand():
         weights("constant")
 
 
-def test_a_divisor_may_be_beyond_int32():
-    """256 x 128 responses with a limit of 65,536 tokens: 2^31."""
-    weights_NGR = update.token_weights(jnp.ones((256, 128), jnp.int32), 1, "constant", 65536)
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", "constant"])
+def test_a_divisor_may_be_beyond_int32(aggregate):
+    """256 x 128 responses of 65,536 tokens, as many as there may be: 2^31."""
+    weights_NGR = update.token_weights(jnp.full((256, 128), 65536, jnp.int32), 1, aggregate, 65536)
     np.testing.assert_array_equal(weights_NGR, np.full((256, 128, 1), 2.0**-31, np.float32))

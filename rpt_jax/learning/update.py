@@ -101,7 +101,8 @@ def token_weights(lengths_NG: Array, R: int, aggregate: str, response_limit: int
     constant: 1 / (response_limit * responses) [Dr. GRPO, arXiv 2503.20783]. An empty response counts nowhere.
     """
     live_NGR = jnp.arange(R)[None, None, :] < lengths_NG[:, :, None]
-    responses = jnp.maximum(jnp.sum(lengths_NG > 0), 1)
+    lengths_NG = lengths_NG.astype(jnp.float32)  # divisors of large steps are beyond int32
+    responses = jnp.maximum(jnp.sum(lengths_NG > 0), 1).astype(jnp.float32)
     if aggregate == "token_mean":
         divisor = jnp.maximum(jnp.sum(lengths_NG), 1).reshape(1, 1, 1)
     elif aggregate == "sequence_mean":
@@ -109,7 +110,7 @@ def token_weights(lengths_NG: Array, R: int, aggregate: str, response_limit: int
     elif response_limit is None:
         raise ValueError("aggregate='constant' divides by the response limit: give response_limit")
     else:
-        divisor = jnp.reshape(responses.astype(jnp.float32) * response_limit, (1, 1, 1))  # int32 could overflow
+        divisor = jnp.reshape(responses * response_limit, (1, 1, 1))
     return live_NGR / divisor
 
 
