@@ -74,7 +74,7 @@ def room(config: PlanRun) -> float:
 
 
 def least_gib(config: PlanRun) -> float:
-    """Of parameters and optimizer state on a chip, if they were split evenly over all: no mesh needs less."""
+    """Of parameters, optimizer state and average on a chip, if they were split evenly over all: no mesh needs less."""
     return phases.state_bytes(config.model, config.update, config.averaged) / search.chips_of(config.topology) / GIB
 
 
@@ -240,9 +240,8 @@ def _figures(config: PlanRun, peaks: dict) -> dict:
         step, chips = step_seconds(config), search.chips_of(config.topology)
         figures |= {"step_s_estimate": step, "chip_hours_estimate": step * config.steps * chips / 3600}
     if not fits:
-        figures["largest_gib"] = (
-            _largest(_job(config)) if split else {"parameters and optimizer state": least_gib(config)}
-        )
+        whole = "parameters and optimizer state" + (" with an average" if config.averaged else "")
+        figures["largest_gib"] = _largest(_job(config)) if split else {whole: least_gib(config)}
     return figures
 
 
@@ -283,6 +282,7 @@ def _largest(job) -> dict[str, float]:
         "cache of responses": decode.cache,
         "cache of prompts, by slot": decode.prompt,
         "prefilled prompts": phases.prefilled(job),
+        "average of policies": state.average,
     }
     sizes = {name: phases.bytes_on_chip(tree) / GIB for name, tree in groups.items()}
-    return dict(sorted(sizes.items(), key=lambda each: -each[1]))
+    return dict(sorted(((name, size) for name, size in sizes.items() if size), key=lambda each: -each[1]))
