@@ -1,5 +1,5 @@
 """Claims: stages have the easiest positions, in shuffled order, as long as they should; the stream resumes exactly,
-processes share it, and what it cannot do is named."""
+and what it cannot do is named."""
 
 import itertools
 import json

@@ -1,5 +1,5 @@
 """Claims: the artefact comes back as written and only whole; selections are what their names say and nest; the
-stream is reshuffled, resumes exactly, and processes share it without overlap or dependence on their number."""
+stream is reshuffled and resumes exactly."""
 
 import dataclasses
 import itertools

@@ -117,7 +117,7 @@ def collect(
     dropped: list[tuple[int, int]] = []
     while not rounds or (is_dynamic and len(kept) < N and len(rounds) <= dynamic.max_rounds):
         positions, queue = draw(stream, queue, N)
-        # of a round, too: few positions come again within a step, and the same rollouts would say nothing new
+        # Of a round, too: where positions are few they come again, and the same rollouts would say nothing new.
         own_key = jax.random.fold_in(key, len(rounds)) if rounds else key
         made, seconds = roll(source, params, positions, own_key, state)
         rounds.append(made)

@@ -52,11 +52,11 @@ def sample(
 ) -> Rollouts:
     """Draws `sampling.group_size` rollouts for each prompt; host arrays in and out.
 
-    `key` is the run's key folded with the step. A rollout ends with a token of `end_ids` (kept) or after
-    `sampling.max_tokens` (or limits_NG, where given and less). Log-probs are those of the softmax at
-    `sampling.temperature` before top-k, top-p and min-p cut it (the distribution that the scorer gives), or at
-    temperature 1 when it is 0 (greedy). Work is split over data and fsdp of the mesh that the parameters lie on;
-    decoder.gathered says how the parameters lie best.
+    `key` is the run's key folded with the step, and with the round of dynamic sampling behind the first. A rollout
+    ends with a token of `end_ids` (kept) or after `sampling.max_tokens` (or limits_NG, where given and less). Log-probs
+    are those of the softmax at `sampling.temperature` before top-k, top-p and min-p cut it (the distribution that the
+    scorer gives), or at temperature 1 when it is 0 (greedy). Work is split over data and fsdp of the mesh that the
+    parameters lie on; decoder.gathered says how they lie best.
 
     stop: asked by the host after each call of the decoder about the tokens of each rollout so far, int32 [R]; where it
     says yes the rollout ends there, as with an end token. That is up to `sampling.tokens_per_call` tokens late.
