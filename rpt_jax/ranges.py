@@ -91,7 +91,7 @@ BOUNDS = {  # by class and field, both ends included
     "SweepSettings": {"workers": (1, 1024)},
     "ReportConfig": {"rollouts": (0, MANY)},
     "ToPublished": {"context": (0, MANY), "file_gib": (ABOVE_0, 1e6)},
-    "BaseConfig": dict.fromkeys(("width", "layers", "heads", "examples"), (1, 2**14)) | {"examples": POSITIVE},
+    "BaseConfig": dict.fromkeys(("width", "layers", "heads"), (1, 2**14)) | {"examples": POSITIVE},
     "QuickstartConfig": dict.fromkeys(("documents", "evaluation_documents", "batch_size"), POSITIVE)
     | dict.fromkeys(("learning_rate", "next_token_learning_rate", "sft_learning_rate"), RATE)
     | {"seed": (0, 2**63 - 20_000), "steps": (1, MANY), "group_size": (2, 2**16), "temperature": (ABOVE_0, 1e6)},
