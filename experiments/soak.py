@@ -25,7 +25,7 @@ from rpt_jax import host_memory
 host_memory.share_arenas()
 
 import tyro
-from rows import append_row
+from rows import append_row, change_rows
 
 from rpt_jax.config import CheckpointConfig, Config, DynamicSamplingConfig, EvaluateConfig, ModelConfig
 from rpt_jax.corpus.positions import select_positions
@@ -41,6 +41,7 @@ class Settings:
 
     minutes: float = 120
     results: Path = Path(__file__).parent / "results" / "soak.csv"
+    readings: Path | None = None  # all steps: minute, seconds, MiB
 
 
 class Enough(Exception):
@@ -134,7 +135,10 @@ def row_of(readings: list[Reading], minutes: float) -> dict:
 def main(settings: Settings) -> None:
     """The run and its row."""
     with tempfile.TemporaryDirectory() as name:
-        append_row(settings.results, row_of(soak(Path(name), settings.minutes), settings.minutes))
+        readings = soak(Path(name), settings.minutes)
+    if settings.readings is not None:
+        change_rows(settings.readings, lambda there: [dataclasses.asdict(each) for each in readings])
+    append_row(settings.results, row_of(readings, settings.minutes))
 
 
 if __name__ == "__main__":
