@@ -68,8 +68,8 @@ def test_verdicts_by_hand(patient):
 
 
 @needs_library
-def test_order_is_kept_whatever_the_number_of_workers(patient):
-    """Every answer is right for its own reference only, so that a swap of any two would show."""
+def test_order_is_kept_whatever_the_number_of_workers(patient, capfd):
+    """Every answer is right for its own reference alone: a swap of two would show; workers start silently."""
     references = [f"\\frac{{{n}}}{{7}}" for n in range(1, 7)]
     answers = [[f"{n}/7".encode(), f"{n + 1}/7".encode(), None, f"{2 * n}/14".encode()] for n in range(1, 7)]
     expected = [[RIGHT, WRONG, WRONG, RIGHT]] * 6
@@ -77,6 +77,7 @@ def test_order_is_kept_whatever_the_number_of_workers(patient):
     with judge.open_judge(dataclasses.replace(PATIENT, workers=1)) as alone:
         np.testing.assert_array_equal(judge.verdicts(alone, references, answers), expected)
     assert judge.verdicts(patient, [], []).shape == (0, 0)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_needs_no_library():

@@ -11,6 +11,7 @@ itself. This process evaluates nothing, so it can always kill; when its stdin en
 import gc
 import itertools
 import json
+import logging
 import math
 import os
 import resource
@@ -48,6 +49,7 @@ def main() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
     if sys.platform != "darwin":  # which knows no limit of the address space
         _limit(resource.RLIMIT_AS, mebibytes << 20)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns, four times, that its limits of time are off
     for reference, answer in itertools.pairwise(WARM):
         is_equal(reference, answer)
     _silence()
@@ -80,9 +82,9 @@ def is_equal(reference: str, answer: str) -> bool:
     """Whether math-verify finds the two contents of a box to mean the same; False for what it cannot read."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # Its warning that its own limits of time are off goes to a log that nobody reads: the one here is harder.
     kinds = [LatexExtractionConfig(boxed_match_priority=0)]  # no plain expressions: those go through Python's eval
     sides = [parse(f"\\boxed{{{text}}}", kinds, parsing_timeout=None) for text in (reference, answer)]
+    # Without its own limits of time: the one here is harder.
     return bool(verify(*sides, timeout_seconds=None))
 
 
