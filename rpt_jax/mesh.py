@@ -8,6 +8,7 @@ with many, every process calls the same functions in the same order. The paper (
 import logging
 import math
 import os
+import threading
 from collections.abc import Mapping
 
 import jax
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, until the others end (JAX: 100)
+JOIN_SECONDS = 300  # for all processes to have joined; XLA ends a process, with a stack trace, that waits longer
+JOIN_NOTED = 20  # seconds of waiting after which it is said what for
 
 # Which mesh axes each logical axis of an array is split over. With this table the matrices of a layer are split over
 # `fsdp` along the width and gathered when used, and over `tensor` along heads, hidden width or vocabulary.
@@ -245,8 +248,24 @@ def start_distributed(config: MeshConfig) -> None:
         return
     # JAX would note SIGTERM in a handler of its own, and nobody would hear of it before the run's own stands.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    waiting = threading.Timer(JOIN_NOTED, log.warning, (_waits_for(settings),))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(
+            **settings, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    finally:
+        waiting.cancel()
     log.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def _waits_for(settings: dict) -> str:
+    text, remedy = "the other processes that Slurm or the TPU lists", "each has to be started"
+    if settings:
+        text = "the others of {num_processes}, at {coordinator_address}, as process {process_id}".format(**settings)
+        remedy += ", with the same address, and reach process 0 there"
+    return f"still waiting for {text}: {remedy}; without them this process ends after {JOIN_SECONDS} s"
 
 
 def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platforms: str) -> dict | None:

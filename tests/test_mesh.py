@@ -247,6 +247,38 @@ def test_two_processes_exchange_whole_arrays():
     assert all(f"process {i} done" in output for i, output in enumerate(outputs)), outputs
 
 
+ALONE = textwrap.dedent(
+    """
+    import sys
+    from rpt_jax import cli, mesh as meshes
+    from rpt_jax.config import MeshConfig
+
+    cli._log_to_stderr()
+    meshes.JOIN_NOTED = 0.2
+    meshes.start_distributed(MeshConfig(coordinator=sys.argv[1], processes=3, process=int(sys.argv[2])))
+    """
+)
+
+
+@pytest.mark.parametrize("process", [0, 2])
+def test_a_process_that_is_alone_says_what_it_waits_for(process):
+    """Long before XLA gives up, whether the coordinator or another process is the one that came."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ALONE, address, str(process)]
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            said = next((line for line in running.stderr if "waiting" in line or "Terminating" in line), "nothing")
+        finally:
+            running.kill()
+    assert said == (
+        f"still waiting for the others of 3, at {address}, as process {process}: each has to be started, with the "
+        "same address, and reach process 0 there; without them this process ends after 300 s\n"
+    )
+
+
 def test_sizes_whose_product_no_int64_holds():
     with pytest.raises(InputError, match=r"data=4611686018427387904 x fsdp=4 .*, but there are 8 devices"):
         meshes.make_mesh(MeshConfig(data=2**62, fsdp=4))
