@@ -1,6 +1,7 @@
 """What the processes of a run tell each other on the host: that they run the same, and that one of them cannot go on.
 
-In a single process nothing is said. All functions here but the last are collectives: every process calls them alike.
+In a single process nothing is said. The functions here but the last three are collectives: every process calls
+them alike.
 """
 
 import contextlib
@@ -11,11 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from rpt_jax import ending
 from rpt_jax.records import InputError
 
 LONGEST_ERROR = 2048  # bytes of a message from one process to the others
+MEET_SECONDS = 10  # in which processes that fail for the same reason come to their ends
+LAST_SECONDS = 300  # for which a process that is done waits for the others, as JAX does (shutdown_timeout_seconds)
 EXIT_LOST = 3  # status of a process that cannot go on without another one
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")  # of what JAX raises, no matter how the other hosts do
 
@@ -84,3 +88,25 @@ def end_if_host_lost(error: Exception) -> None:
         "goes on from the newest checkpoint.",
         EXIT_LOST,
     )
+
+
+def end_if_alone(status: int) -> None:
+    """Returns where all other processes come to their ends, too; else ends this one at once with the status.
+
+    For a process that cannot go on and has said why. At its end JAX would wait for the others, minutes long, while they
+    wait for it in a collective; so it ends without ceremony. Then they do (end_if_host_lost), or JAX aborts them where
+    it was process 0. Does nothing in a single process. No collective.
+    """
+    if not all_end(MEET_SECONDS):
+        ending.at_once(f"process {jax.process_index()} of {jax.process_count()} ends; the others cannot go on", status)
+
+
+def all_end(seconds: int) -> bool:
+    """Whether all processes of the run call this, each at its end, within so many seconds. True in a single process."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return True
+    try:
+        multihost.get_barrier_sync_fn()(key="end", timeout_ms=1000 * seconds)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

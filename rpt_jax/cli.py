@@ -2,14 +2,17 @@
 
 What a command needs is imported when it runs, so that help comes at once. Exit status: 0 done, 1 a loss or gradient
 that is not finite, a plan that does not fit or a cell of a sweep that failed, 2 input that cannot be used or a full
-disk, 128 + signal when told to stop (all saved), 3 where another host of the run is gone, 141 where nobody reads stdout
-any more.
+disk, 128 + signal when told to stop (a run has saved), 3 where another host of the run is gone, 141 where nobody reads
+stdout any more.
 """
 
 import json
 import logging
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import rpt_jax
 from rpt_jax import disk, ending, help, host_memory
@@ -63,8 +66,6 @@ def _answer(argv: list[str]) -> int | None:
 
 def _execute(argv: list[str]) -> int:
     """Runs a command and shows its figures, or says why it could not; returns the exit status."""
-    from rpt_jax.records import InputError
-
     _log_to_stderr()
     as_json = "--json" in argv
     words = ["--help" if word == help.HELP_ALL else word for word in argv[1:] if word != "--json"]
@@ -73,28 +74,53 @@ def _execute(argv: list[str]) -> int:
     except SystemExit:
         print(end="", flush=True)  # what tyro has printed, before Python ends
         raise
-    except InputError as error:
-        print(f"rpt: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a name too long, a folder where a file is expected, no room, no permission
-        disk.end_if_full(error)
-        if ending.nobody_reads(error):
-            raise
-        print(f"rpt: {error}: check the name, what is there, and who may read and write it", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(f"rpt: not enough memory ({error}): lower the sizes that were asked for", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"rpt: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        _broken_off()
     except Exception as error:
-        from rpt_jax import agreement
+        return failed(error)
+    status = _finish(argv[0], figures, as_json)
+    if agreement := sys.modules.get("rpt_jax.agreement"):
+        agreement.all_end(agreement.LAST_SECONDS)
+    return status
 
-        disk.end_if_full(error)
-        agreement.end_if_host_lost(error)
-        raise
-    return _finish(argv[0], figures, as_json)
+
+def failed(error: Exception) -> int:
+    """Says what a command failed with, and returns the exit status; in a single process raises what has no words.
+
+    Where other processes go on, and so wait for this one, it ends here.
+    """
+    import jax
+
+    from rpt_jax import agreement
+    from rpt_jax.records import InputError
+
+    disk.end_if_full(error)
+    agreement.end_if_host_lost(error)
+    status = 2
+    if isinstance(error, InputError):
+        said = str(error)
+    elif isinstance(error, OSError):  # a name too long, a folder where a file is expected, no permission
+        if ending.nobody_reads(error):
+            raise error
+        said = f"{error}: check the name, what is there, and who may read and write it"
+    elif isinstance(error, MemoryError):
+        said = f"not enough memory ({error}): lower the sizes that were asked for"
+    elif isinstance(error, FloatingPointError):
+        said, status = str(error), 1
+    elif jax.distributed.is_initialized():
+        said, status = "".join(traceback.format_exception(error)), 1
+    else:
+        raise error
+    print(f"rpt: {said}", file=sys.stderr, flush=True)
+    agreement.end_if_alone(status)
+    return status
+
+
+def _broken_off() -> NoReturn:
+    """The end of a command by Ctrl-C, also of one that was still loading."""
+    if agreement := sys.modules.get("rpt_jax.agreement"):
+        agreement.end_if_alone(128 + signal.SIGINT)
+    ending.by_interrupt("rpt: broken off")
 
 
 def _finish(command: str, figures: dict, as_json: bool) -> int:

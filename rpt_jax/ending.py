@@ -1,13 +1,16 @@
 """The end of this process where Python's own would hang, or show tracebacks of what needs no mending.
 
-In: a last message and an exit status, or a write that failed. Three ends are like this: a host of the run is gone
-(agreement.py), the disk is full (disk.py), and nobody reads stdout any more, as in `rpt --help | head -3` (cli.py).
+In: a last message and an exit status, or a write that failed. Five ends are like this: a host of the run is gone, or
+this one fails alone (agreement.py), the disk is full (disk.py), nobody reads stdout any more, as in
+`rpt --help | head -3`, and Ctrl-C where nothing is saved for it (cli.py).
 """
 
 import contextlib
 import os
 import select
+import signal
 import sys
+from typing import NoReturn
 
 STDOUT = 1  # its file descriptor
 UNREAD = 141  # exit status of a command whose output nobody reads: 128 + SIGPIPE, as shells have it
@@ -23,6 +26,16 @@ def at_once(message: str, status: int) -> None:
     with contextlib.suppress(OSError):
         print(end="", flush=True)
     os._exit(status)
+
+
+def by_interrupt(message: str) -> NoReturn:
+    """Ends this process with the message as Ctrl-C ends one that does not listen: a loop of the shell ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+        print(end="", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(128 + signal.SIGINT)  # where the signal is blocked
 
 
 def nobody_reads(error: OSError) -> bool:

@@ -3,6 +3,7 @@
 That hosts which differ are named is shown in test_processes.py, with real ones.
 """
 
+import contextlib
 import os
 
 import jax
@@ -112,3 +113,23 @@ def test_other_errors_stay_errors(of_two, ended, capsys, processes, error):
         of_two(0)
     agreement.end_if_host_lost(error)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_who_fails_alone_ends_at_once(of_two, ended, capsys, monkeypatch, met):
+    of_two(1)
+
+    def meet(key, timeout_ms):
+        if not met:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(agreement.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(agreement.multihost, "get_barrier_sync_fn", lambda: meet)
+    with contextlib.nullcontext() if met else pytest.raises(Ended, match="2"):
+        agreement.end_if_alone(2)
+    assert capsys.readouterr().err == ("" if met else "process 1 of 2 ends; the others cannot go on\n")
+
+
+def test_a_single_process_waits_for_nobody(ended, monkeypatch):
+    monkeypatch.setattr(agreement.multihost, "get_barrier_sync_fn", fail)
+    agreement.end_if_alone(2)

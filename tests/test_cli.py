@@ -1,9 +1,10 @@
 """Claims: help comes at once and in order; bad input ends with status 2, one message and no traceback; a figure that is
-not finite ends with 1, a reader that goes away with 141 and no word; from text to an evaluated policy, and out to other
-programs, by commands alone."""
+not finite ends with 1, Ctrl-C by the signal, a reader that goes away with 141 and no word; from text to an evaluated
+policy, and out to other programs, by commands alone."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -145,6 +146,31 @@ def test_a_figure_that_is_not_finite_ends_with_status_1(capsys, monkeypatch):
 
     monkeypatch.setattr(commands, "run_train", diverge)
     assert run(capsys, "train") == (1, "", "rpt: step 7: loss nan\n")
+
+
+def test_one_process_of_several_shows_what_nobody_foresaw(capsys, monkeypatch):
+    """Its traceback is said here, since Python may not come to it."""
+
+    def fail(config):
+        raise LookupError("unforeseen")
+
+    monkeypatch.setattr(commands, "run_train", fail)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    status, output, said = run(capsys, "train")
+    assert (status, output) == (1, "") and "Traceback" in said and said.endswith("LookupError: unforeseen\n\n")
+
+
+@pytest.mark.parametrize("place", ["rpt_jax.commands.run_train", "rpt_jax.compilation.keep_on_disk"])
+def test_ctrl_c_is_no_traceback(place):
+    """While it runs and before it has begun; ended by the signal, as a shell's loop wants it."""
+    module, _, function = place.rpartition(".")
+    code = (
+        f"import sys; from rpt_jax import cli; import {module} as module\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        f"module.{function} = interrupted; sys.exit(cli.main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "rpt: broken off\n")
 
 
 def test_experiments_give_the_defaults_and_flags_change_them(capsys, monkeypatch, tmp_path):

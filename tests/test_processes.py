@@ -80,7 +80,7 @@ def test_hosts_that_differ_are_named(tmp_path):
     """Another seed on the second: both end, and say which."""
     both = toy_run.start(tmp_path / "two", seeds=(4, 5))
     for process, errors in zip(both, toy_run.finish(both), strict=True):
-        assert process.returncode == 1
+        assert process.returncode == 2
         assert "process 1 on host" in errors and "has another set of settings than process 0" in errors
     assert not (tmp_path / "two").exists()
 
@@ -105,6 +105,43 @@ def test_a_host_that_dies_takes_the_other_with_it(faults):
     assert both[0].returncode == agreement.EXIT_LOST and "lost another one" in said and "newest checkpoint" in said
 
 
+def test_an_error_of_one_process_alone_ends_both(faults):
+    """Process 0 writes the run's files, and cannot; JAX would let it wait for the other, which waits for it."""
+    (faults / "in_the_way" / "config.json").mkdir(parents=True)
+    both = toy_run.start(faults / "in_the_way", devices=1, mesh=(2, 1, 1))
+    said = toy_run.finish(both)[0]
+    assert both[0].returncode == 2 and "config.json" in said and "process 0 of 2 ends" in said, said
+    assert both[1].returncode
+
+
+LAST = """
+import sys
+import jax
+from rpt_jax import cli, commands, mesh
+from rpt_jax.records import InputError
+
+def act(config):
+    mesh.start_distributed(config.mesh)
+    if jax.process_index() == 0:
+        raise InputError("nowhere to write")
+    return {}
+
+commands.run_evaluate = act
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_error_of_one_process_when_the_others_are_done_costs_them_nothing():
+    """As where process 0 writes what all have computed: they wait for it, and end as they would have."""
+    command = [sys.executable, "-c", LAST, "evaluate", "policy", "--mesh.processes", "2", "--mesh.coordinator"]
+    command += [f"localhost:{toy_run.free_port()}", "--mesh.process"]
+    options = {"env": os.environ | toy_run.ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, str(process)], **options) for process in range(2)]
+    first, second = toy_run.finish(both)
+    assert [process.returncode for process in both] == [2, 0], (first, second)
+    assert first.endswith("rpt: nowhere to write\n") and "nowhere" not in second
+
+
 def test_a_checkpoint_that_one_process_cannot_read_ends_both(faults):
     """Each says which; Orbax would let the other one wait for minutes. On (1, 2, 1) a process reads its own half."""
     folder = faults / "halves"
@@ -114,7 +151,7 @@ def test_a_checkpoint_that_one_process_cannot_read_ends_both(faults):
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     both = toy_run.start(folder, devices=1, mesh=(1, 2, 1), steps=4)
     first, second = toy_run.finish(both)
-    assert [process.returncode for process in both] == [1, 1]
+    assert [process.returncode for process in both] == [2, 2]
     assert "process 1: checkpoint" in first and "cannot be read" in first
     assert "process 1: " not in second and "cannot be read" in second
 

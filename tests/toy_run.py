@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import toy
 
-from rpt_jax import agreement, disk, preemption
+from rpt_jax import cli, preemption
 from rpt_jax.config import CheckpointConfig, Config, DynamicSamplingConfig, EvaluateConfig, MeshConfig, SampleConfig
 from rpt_jax.learning import checkpoints, train
 from rpt_jax.mesh import make_mesh, start_distributed, to_host
@@ -139,10 +139,8 @@ def main():
     with marked(Path(f"{given.folder}.phase{given.process}")):
         try:
             state = run(config, mesh=make_mesh(config.mesh))
-        except Exception as error:  # as the command line does
-            disk.end_if_full(error)
-            agreement.end_if_host_lost(error)
-            raise
+        except Exception as error:
+            sys.exit(cli.failed(error))
     if given.process == 0:
         np.savez(Path(given.folder) / "state.npz", **flat(state))
 
