@@ -71,6 +71,15 @@ def test_causality_by_gradients():
         np.testing.assert_array_equal(strength_V > 0, np.arange(13) <= t, err_msg=f"state {t}")
 
 
+def test_a_frequent_token_is_added_up_beyond_bfloat16():
+    """2,048 uses of a token, each with a gradient of 1; a sum in bfloat16 stands still at 256."""
+    tokens_BT = np.full((4, 512), 5)
+    grad_VD = jax.grad(lambda table_VD: decoder.look_up(table_VD, tokens_BT, "bfloat16").astype(jnp.float32).sum())(
+        policy()["embedding"]
+    )
+    np.testing.assert_array_equal(grad_VD, 2048.0 * (np.arange(13) == 5)[:, None] * np.ones(16))
+
+
 @pytest.mark.parametrize("remat", ["dots", "layer"])
 def test_remat_changes_no_gradient(remat):
     model = replace(MODEL, remat=remat)

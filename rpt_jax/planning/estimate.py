@@ -125,7 +125,8 @@ def collective_bytes(config: PlanRun, phase: str) -> float:
         return (parts * layers + tables) * once * gather + (prompts + responses) * forward
     backward = (3 if model.remat == "layer" else 2) * model.layers * a_sum * size
     gathered = (2 * parts * layers + tables) * once * gather
-    gradients = parts * (layers + tables) * once * (1 - 1 / units)
+    summed = (layers + tables - table) * size + table * 4  # the embedding's gradient in float32 (decoder.look_up)
+    gradients = parts * summed / mesh.tensor * (1 - 1 / units)
     return gathered + gradients + (prompts + responses) * (forward + backward) + responses * a_sum * 4
 
 

@@ -174,6 +174,29 @@ REMAT = {  # what is kept of a layer for its backward pass, besides its input
 }
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(embedding_VD: Array, tokens_BT: Array, dtype: str) -> Array:
+    """The tokens' rows of the embedding, in dtype; [B, T, D].
+
+    The gradient adds up all uses of a token in float32: a sum in bfloat16 stands still from some 256 terms on.
+    """
+    table_VD = laid_out(embedding_VD.astype(dtype), "vocab")  # rows whole: they then lie where tokens do
+    return laid_out(table_VD[tokens_BT], "batch")
+
+
+def _look_up(embedding_VD, tokens_BT, dtype):
+    return look_up(embedding_VD, tokens_BT, dtype), (embedding_VD, tokens_BT)
+
+
+def _looked_up(dtype, seen, grad_BTD):
+    embedding_VD, tokens_BT = seen
+    grad_VD = jnp.zeros(embedding_VD.shape, jnp.float32).at[tokens_BT].add(grad_BTD.astype(jnp.float32))
+    return laid_out(grad_VD, "vocab").astype(embedding_VD.dtype), None
+
+
+look_up.defvjp(_look_up, _looked_up)
+
+
 class Decoder(nn.Module):
     """(hidden states after the final norm, keys and values of these tokens in every layer; of a stream, if `keep`)."""
 
@@ -193,8 +216,7 @@ class Decoder(nn.Module):
             self.param(
                 "head", nn.with_logical_partitioning(nn.initializers.normal(D**-0.5), ("embed", "vocab")), (D, V), dtype
             )
-        table_VD = laid_out(embedding_VD.astype(config.dtype), "vocab")  # rows whole: they then lie where tokens do
-        x_BTD = laid_out(table_VD[tokens_BT], "batch")
+        x_BTD = look_up(embedding_VD, tokens_BT, config.dtype)
         layer = Layer if config.remat == "none" else nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False)
         scanned = nn.scan(
             layer,
