@@ -109,11 +109,12 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
 def copies_of_heads(kv_heads: int) -> int:
     """How often a cache holds each key/value head, so that jax.set_mesh's `tensor` splits it; 1 without a mesh.
 
-    More than 1 where a head is shared by several devices: each then has a copy, and none has heads of others.
+    Up to the least common multiple, of which the query heads are one (partition_spec). Eight heads over sixteen devices
+    are held once by each that needs them; of six over four a device holds three, two of them the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.shape.get("tensor", 1)
-    return max(1, tensor // kv_heads) if tensor % kv_heads == 0 else 1
+    return tensor // math.gcd(tensor, kv_heads)
 
 
 def param_shardings(mesh: Mesh, logical_axes: Params, params: Params) -> Params:

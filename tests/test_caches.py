@@ -62,8 +62,10 @@ def test_in_place_is_the_same_slots_for_all_who_stay():
     assert not caches.in_place(before, moves([1], [1], [2], [9]))
 
 
-@pytest.mark.parametrize(("tensor", "kv_heads", "copies"), [(8, 2, 4), (2, 2, 1), (2, 4, 1), (4, 3, 1), (1, 1, 1)])
-def test_a_head_is_cached_once_for_each_device_that_has_no_other(tensor, kv_heads, copies):
+@pytest.mark.parametrize(
+    ("tensor", "kv_heads", "copies"), [(8, 2, 4), (2, 2, 1), (2, 4, 1), (4, 3, 4), (4, 6, 2), (1, 1, 1)]
+)
+def test_heads_are_repeated_up_to_the_least_common_multiple(tensor, kv_heads, copies):
     with jax.set_mesh(make_mesh(MeshConfig(tensor=tensor), jax.devices()[:8])):
         assert copies_of_heads(kv_heads) == copies
     assert copies_of_heads(kv_heads) == 1

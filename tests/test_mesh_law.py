@@ -8,6 +8,7 @@ would measure that.)
 """
 
 import functools
+import math
 from dataclasses import replace
 
 import jax
@@ -35,10 +36,12 @@ UPDATE = UpdateConfig(
 SAMPLE = SampleConfig(group_size=2, temperature=0.0, max_tokens=16, tokens_per_call=16)
 N, G, T, R = 8, SAMPLE.group_size, 6, 5
 
-# Meshes by kv heads: fewer than, as many as and more than the devices along tensor, for 8 devices there and for 2.
+# Meshes by kv heads: fewer than, as many as and more than the devices along tensor, for 8 devices there and for 2; and
+# six for 4 devices, which then hold twelve copies.
 MESHES = {
     1: [(2, 2, 2)],
     2: [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)],
+    6: [(1, 2, 4)],
     8: [(1, 1, 8), (2, 2, 2)],
     16: [(1, 1, 8)],
 }
@@ -106,7 +109,7 @@ def far(**pairs) -> dict[str, float]:
 @pytest.mark.parametrize("kv_heads", MESHES)
 def test_every_mesh_gives_the_step_and_the_greedy_rollouts_of_one_device(kv_heads):
     """Loss (among the metrics), gradients and parameters within TOLERANCE; rollouts token for token."""
-    model, broken = replace(MODEL, kv_heads=kv_heads), {}
+    model, broken = replace(MODEL, heads=math.lcm(MODEL.heads, kv_heads), kv_heads=kv_heads), {}
     params, gradients, metrics, drawn = step_and_rollouts((1, 1, 1), model)
     for shape in MESHES[kv_heads]:
         own_params, own_gradients, own_metrics, own = step_and_rollouts(shape, model)

@@ -44,6 +44,12 @@ def test_flops_and_seconds_by_hand():
     halves = dataclasses.replace(config, sample=dataclasses.replace(config.sample, slots=4))
     read = 8 * weights * 4 / 2 + 32 * 4 * 16 * 2 / 4  # half the rollouts at one time, each with a prompt of its own
     assert estimate.seconds(halves, "decode") == pytest.approx(max(read / 819e9, decode / 4 / 197e12, 32 * 48 / 200e9))
+    model = dataclasses.replace(model, heads=12, kv_heads=6)
+    mesh = MeshConfig(data=1, fsdp=1, tensor=4)
+    shared = dataclasses.replace(config, model=model, mesh=mesh, prompt=PromptConfig(max_tokens=200))
+    weights = 8 * 2 * (2 * 12 + 2 * 6) + 3 * 8 * 16 + 80
+    read = 4 * weights * 4 / 4 + 32 * (200 / 2 + 2) * (2 * 6 * 2 * 4) * 2 / 4  # six heads, over four devices twice
+    assert estimate.seconds(shared, "decode") == pytest.approx(read / 819e9)
 
 
 def sent(text: str, trips: dict[str, int]) -> float:

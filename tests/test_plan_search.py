@@ -91,6 +91,8 @@ def _too_many_chips() -> set[str]:
 def test_candidates_divide_and_come_from_the_fastest():
     """Of 4 chips heads allow tensor 1 and 2."""
     assert sorted(mesh.tensor for mesh in search.candidates(START, 4)) == [1, 2]
+    shared = dataclasses.replace(START, model=dataclasses.replace(START.model, heads=12, kv_heads=6))
+    assert 4 in [mesh.tensor for mesh in search.candidates(shared, 4)]
     odd = dataclasses.replace(START, batch_size=3, model=dataclasses.replace(START.model, heads=3))
     with pytest.raises(InputError, match="no split of 4 chips divides batch_size=3"):
         search.candidates(odd, 4)

@@ -60,12 +60,12 @@ def test_short_queries_make_narrow_blocks():
     assert not splash.takes(blocks[0], 64)
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_over_a_mesh_the_same(kv_heads):
-    """Units over data, heads over tensor, which has more devices than there are kv heads, or as many."""
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 4), (12, 6)])
+def test_over_a_mesh_the_same(heads, kv_heads):
+    """Units over data, heads over tensor, of more devices than kv heads, as many, or neither a part nor a multiple."""
     mesh = meshes.make_mesh(MeshConfig(data=2, tensor=4))
     laid_out = a_stream(units=2)
-    given = arrays(laid_out, kv_heads=kv_heads)
+    given = arrays(laid_out, heads, kv_heads)
     expected = with_gradients(laid_out, *given, "xla")
     placed = meshes.place((laid_out, given), meshes.batch_sharding(mesh))
     with jax.set_mesh(mesh):

@@ -6,6 +6,7 @@ memory and interconnect, each at its peak, which no run reaches.
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, RewardConfig, SampleConfig, UpdateConfig
@@ -148,7 +149,7 @@ def seconds(config: PlanRun, phase: str) -> float:
         tokens = config.response_tokens or config.sample.max_tokens
         seen = config.prompt.max_tokens / (1 if config.sample.slots else config.sample.group_size) + tokens / 2
         cached = 2 * config.model.layers * config.model.kv_heads * config.model.head_channels * size
-        copies = max(1, mesh.tensor // config.model.kv_heads)
+        copies = mesh.tensor // math.gcd(mesh.tensor, config.model.kv_heads)
         calls = tokens * rollouts / slots_of(config)
         read = read * calls + responses * seen * cached * copies / chips
     return max(

@@ -159,10 +159,9 @@ def decode_state(job: Job, columns: int) -> caches.DecodeState:
     B, dtype = U * S, jnp.dtype(job.model.dtype)
     with jax.set_mesh(job.mesh):
         K = model.kv_heads * copies_of_heads(model.kv_heads)
-    heads = "tensor" if K % job.mesh.shape["tensor"] == 0 else None
 
     def key_values(rows, places):
-        kv = spread(job, (model.layers, rows, K, places, model.head_channels), dtype, None, BATCH, heads)
+        kv = spread(job, (model.layers, rows, K, places, model.head_channels), dtype, None, BATCH, "tensor")
         return KeyValues(kv, kv, spread(job, (rows, places), jnp.int32, BATCH))
 
     def row(dtype):

@@ -158,9 +158,7 @@ def _divides(config: PlanRun) -> bool:
     model, units, tensor = config.model, config.mesh.fsdp, config.mesh.tensor
     if config.batch_size % units or any(size % tensor for size in (model.heads, model.hidden, model.vocab_size)):
         return False
-    if model.kv_heads % tensor and tensor % model.kv_heads or model.width % units:
-        return False
-    return _parts_divide(config)
+    return model.width % units == 0 and _parts_divide(config)
 
 
 def _parts_divide(config: PlanRun) -> bool:

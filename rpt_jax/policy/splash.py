@@ -32,8 +32,8 @@ def attend(
     """Exact softmax attention of query r of a block to its keys up to S - Q + r; [U, B, Q, H, C].
 
     The last two say the places of tokens in their sequences, -1: nothing there; the queries' follow from their row.
-    Split by jax.set_mesh's mesh, U over data and fsdp and heads over tensor; key/value heads are repeated where they
-    are fewer than the devices that share them.
+    Split by jax.set_mesh's mesh, U over data and fsdp and heads over tensor; key/value heads are repeated where that
+    does not divide them.
     """
     del queries_UBQ
     mesh = jax.sharding.get_abstract_mesh()
