@@ -80,6 +80,13 @@ def test_a_frequent_token_is_added_up_beyond_bfloat16():
     np.testing.assert_array_equal(grad_VD, 2048.0 * (np.arange(13) == 5)[:, None] * np.ones(16))
 
 
+def test_no_gradient_is_reduced_in_bfloat16():
+    """Neither over tokens nor over anything else; matrix products sum in float32 by themselves."""
+    model = replace(MODEL, dtype="bfloat16", qkv_bias=True, qk_norm=True)
+    with jax.allow_f16_reductions(False):
+        gradient.trace(policy(model), *shared_prompts(), model)
+
+
 @pytest.mark.parametrize("remat", ["dots", "layer"])
 def test_remat_changes_no_gradient(remat):
     model = replace(MODEL, remat=remat)

@@ -116,9 +116,11 @@ class Layer(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(scale * math.prod(shape[:inputs]) ** -0.5), axes)
         return self.param(name, init, shape, jnp.dtype(self.config.param_dtype)).astype(self.config.dtype)
 
-    def bias(self, name, shape, axes):
+    def biased(self, x_BTHC, name, axes):
+        """With a bias for each head, added in float32, as its gradient is then summed over all tokens."""
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        return self.param(name, init, shape, jnp.dtype(self.config.param_dtype)).astype(self.config.dtype)
+        bias_HC = self.param(name, init, x_BTHC.shape[2:], jnp.dtype(self.config.param_dtype)).astype(self.config.dtype)
+        return (x_BTHC.astype(jnp.float32) + bias_HC.astype(jnp.float32)[None, None]).astype(x_BTHC.dtype)
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, context_positions, stream, context_kv):
@@ -136,9 +138,9 @@ class Layer(nn.Module):
         k = project(normed_BTD, self.weight("wk", (D, K, C), ("embed", "kv_heads", "channels"), 1))
         v = project(normed_BTD, self.weight("wv", (D, K, C), ("embed", "kv_heads", "channels"), 1))
         if config.qkv_bias:
-            q = q + self.bias("bq", (H, C), ("heads", "channels"))[None, None]
-            k = k + self.bias("bk", (K, C), ("kv_heads", "channels"))[None, None]
-            v = v + self.bias("bv", (K, C), ("kv_heads", "channels"))[None, None]
+            q = self.biased(q, "bq", ("heads", "channels"))
+            k = self.biased(k, "bk", ("kv_heads", "channels"))
+            v = self.biased(v, "bv", ("kv_heads", "channels"))
         if config.qk_norm:
             q = RMSNorm(config.norm_epsilon, config.param_dtype, name="q_norm")(q)
             k = RMSNorm(config.norm_epsilon, config.param_dtype, name="k_norm")(k)
