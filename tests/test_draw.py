@@ -91,6 +91,15 @@ def test_draws_follow_the_softmax(top_k):
     assert_drawn_from(np.bincount(tokens_B, minlength=6), left_V / left_V.sum())
 
 
+@pytest.mark.parametrize(("end", "token"), [(0.0, 1), (1 - 2.0**-23, 2)])
+def test_the_ends_of_the_uniform_numbers_draw_no_improbable_token(monkeypatch, end, token):
+    """JAX draws 0 once in 2^23 times, where the first of these tokens is due once in 2^100."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(end))
+    logits_1V = np.log(np.array([[2.0**-100, 0.5, 0.5, 2.0**-100]], np.float32))
+    tokens_1, _ = draw.draw(logits_1V, jax.random.split(jax.random.key(0), 1), SAMPLING)
+    assert tokens_1.tolist() == [token]
+
+
 @hypothesis.given(
     weights_V=st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.5, 1.0, 3.0]), min_size=1, max_size=300),
     uniform=st.sampled_from([0.0, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-24]),

@@ -12,6 +12,9 @@ from rpt_jax.config import SampleConfig
 from rpt_jax.records import Array
 
 BLOCK = 128  # tokens whose probabilities are added up at once
+HALF_A_STEP = 2.0**-24
+"""Of jax.random.uniform, which gives one of 2^23 numbers from 0 on: 0 itself would draw the first token, however
+improbable it is, once in so many draws."""
 
 
 def draw(logits_BV: Array, keys_B: Array, sampling: SampleConfig) -> tuple[Array, Array]:
@@ -22,7 +25,7 @@ def draw(logits_BV: Array, keys_B: Array, sampling: SampleConfig) -> tuple[Array
     if sampling.temperature == 0:
         tokens_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+        uniform_B = jax.vmap(jax.random.uniform)(keys_B) + HALF_A_STEP
         tokens_B = _inverse(cut(scaled_BV, sampling), uniform_B)
     chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
