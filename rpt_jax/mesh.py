@@ -304,6 +304,7 @@ def distributed_settings(config: MeshConfig, environ: Mapping[str, str], platfor
     workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if platforms.startswith("tpu"):
         several = len(workers.split(",")) > 1 if workers else "TPU_SKIP_MDS_QUERY" not in environ
+        several = several or _number(environ, "MEGASCALE_NUM_SLICES", 1) > 1  # each of which lists its own hosts
         return {} if several else None
     return None
 

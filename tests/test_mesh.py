@@ -160,6 +160,7 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_
         (MeshConfig(), {"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", None),
         (MeshConfig(), {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", {}),
         (MeshConfig(), {"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu", None),
+        (MeshConfig(), {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "tpu,cpu", {}),
         (MeshConfig(), JAX, "", {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}),
         (
             MeshConfig(coordinator="b:2", processes=2, process=0),
