@@ -1,7 +1,9 @@
 """Claims: bad input stops before anything is written, with the numbers that clash and what to do."""
 
 import dataclasses
+from contextlib import nullcontext
 
+import jax
 import pytest
 import toy
 from test_train import mesh_of, run, settings
@@ -48,6 +50,16 @@ def test_a_microbatch_that_does_not_divide_is_named(tmp_path):
         InputError, match="microbatches=16 on each of 8 devices, which together is 128: choose so that it divides 64"
     ):
         run(config, mesh_of(8, 1, 1))
+
+
+@pytest.mark.parametrize(("rate", "refused"), [(1e-6, True), (1e-3, False)])
+def test_updates_that_bfloat16_parameters_would_round_away_are_refused(tmp_path, rate, refused):
+    config = settings(tmp_path / "run")
+    config = dataclasses.replace(config, steps=1, update=dataclasses.replace(config.update, learning_rate=rate))
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), toy.params())
+    policy = toy.model(param_dtype="bfloat16"), params, toy.tokenizer()
+    with pytest.raises(InputError, match="rounded away in all weights above 0.00051") if refused else nullcontext():
+        run(config, policy=policy)
 
 
 def test_numerics_are_the_runs_and_the_shape_is_the_policys():

@@ -20,6 +20,10 @@ from rpt_jax.records import InputError, Params
 
 Policy = tuple[ModelConfig, Params, Tokenizer]
 OF_THE_RUN = ("dtype", "param_dtype", "remat")  # settings of the model that a run chooses, whatever its policy had
+LOST_ABOVE = 512
+"""Adam moves a weight by about the learning rate, and bfloat16, whose numbers are at least a 256th of themselves apart,
+rounds that away in weights above so many times the rate."""
+USUAL_WEIGHT = 0.02  # of published decoders, in size
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ def check(source: Source, annotated: AnnotatedDocuments | Questions, positions: 
             f"the {'questions' if are_questions else 'annotated documents'} were read with a tokenizer of "
             f"{header['vocab_size']} ids (fingerprint {header['tokenizer']}), the policy has one of "
             f"{tokenizer.vocab_size} ids (fingerprint {tokenizer.fingerprint}): open them with the policy's"
+        )
+    rate = config.update.learning_rate
+    if source.model.param_dtype == "bfloat16" and 0 < LOST_ABOVE * rate < USUAL_WEIGHT:
+        raise InputError(
+            f"model.param_dtype=bfloat16 with update.learning_rate={rate:g}: updates are rounded away in all weights "
+            f"above {LOST_ABOVE * rate:.2g}, which is most of them: leave parameters in float32; "
+            "--model.dtype bfloat16 computes in bfloat16 all the same"
         )
     if config.sample.temperature == 0:
         raise InputError("sample.temperature=0: greedy rollouts of a prompt are all the same; use 0.8 (paper) or so")
