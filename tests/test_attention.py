@@ -1,5 +1,6 @@
 """Attention: precision, and blocks of a stream against numpy; caches and streams are tested with what uses them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,3 +43,22 @@ def test_blocks_of_a_stream_equal_numpy(dtype):
                 expected_C = p_S @ v_TKC[path[: place + 1], head // 2] / p_S.sum()
                 tolerance = 1e-5 if dtype == "float32" else 2e-2
                 np.testing.assert_allclose(np.asarray(got_THC[t, head], np.float64), expected_C, atol=tolerance)
+
+
+@pytest.mark.parametrize("blocks", ["one by one", "at once"])
+def test_what_many_blocks_give_back_to_a_prompt_is_added_up_beyond_bfloat16(monkeypatch, blocks):
+    """A prompt of one token that 1,025 queries see alone, each in a block of its own; a bfloat16 sum stops at 256."""
+    monkeypatch.setitem(attention.SCORES_AT_ONCE, "cpu", 1 if blocks == "one by one" else 1 << 19)
+    responses_NGR = np.arange(32 * 33).reshape(1, 32, 33) % 97
+    laid_out = stream.packed(np.array([[5]]), np.array([1]), responses_NGR, np.full((1, 32), 33), queries=1)
+    T = laid_out.tokens_UT.shape[1]
+    q_UTHC = jnp.ones((1, T, 1, 2), jnp.bfloat16)
+    k_UTKC = jnp.zeros((1, T, 1, 2), jnp.bfloat16).at[0, 0].set(64)
+    live_UT11 = (laid_out.positions_UT >= 0)[..., None, None]
+
+    def gathered(v_UTKC):
+        out_UTHC = attention.attend_in_blocks(q_UTHC, k_UTKC, v_UTKC, laid_out)
+        return jnp.sum(out_UTHC, where=live_UT11, dtype=jnp.float32)
+
+    grad_UTKC = jax.grad(gathered)(jnp.zeros((1, T, 1, 2), jnp.bfloat16))
+    np.testing.assert_allclose(np.asarray(grad_UTKC[0, 0, 0], np.float32), 1025, atol=4)

@@ -96,12 +96,15 @@ def _attend_of(
         at_once = max(1, splash.AT_ONCE // (2 * S * k_UTKC.shape[2] * C * k_UTKC.dtype.itemsize))
         gather = partial(splash.attend, interpret=implementation == "interpret")
 
+    # Many blocks see the tokens of a prompt: in float32, what comes back from all of them is added up in float32, too.
+    wide = [a.astype(jnp.float32) for a in (k_UTKC, v_UTKC)]
+
     @partial(jax.checkpoint, prevent_cse=False)
     def some(part):
         queries_UNQ, keys_UNS = part
         places = [pick(positions_UT, each.reshape(U, -1), -1).reshape(each.shape) for each in part]
         q = pick(q_UTHC, queries_UNQ.reshape(U, -1)).reshape(*queries_UNQ.shape, H, C)
-        k, v = (pick(a, keys_UNS.reshape(U, -1)).reshape(*keys_UNS.shape, -1, C) for a in (k_UTKC, v_UTKC))
+        k, v = (pick(a, keys_UNS.reshape(U, -1)).reshape(*keys_UNS.shape, -1, C).astype(k_UTKC.dtype) for a in wide)
         return gather(q, k, v, *places)
 
     chunks = -(-B // at_once)
