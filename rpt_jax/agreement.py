@@ -21,7 +21,12 @@ LONGEST_ERROR = 2048  # bytes of a message from one process to the others
 MEET_SECONDS = 10  # in which processes that fail for the same reason come to their ends
 LAST_SECONDS = 300  # for which a process that is done waits for the others, as JAX does (shutdown_timeout_seconds)
 EXIT_LOST = 3  # status of a process that cannot go on without another one
+OF_INPUT, OF_THE_MACHINE = b"\1", b"\2"  # what a process failed with, before its message
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")  # of what JAX raises, no matter how the other hosts do
+
+
+class FailedElsewhere(InputError):
+    """Another process cannot go on, and not for its input: files may be whole that it could not read."""
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:
@@ -43,6 +48,14 @@ def require_agreement(facts: Mapping[str, str]) -> None:
         )
 
 
+def of_first(array: np.ndarray) -> np.ndarray:
+    """The array of process 0, to the bit, in all processes; of one shape and dtype everywhere. A collective."""
+    if jax.process_count() == 1 or not array.size:
+        return array
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(array.tobytes(), np.uint8))  # JAX would cut float64
+    return np.frombuffer(np.asarray(sent).tobytes(), array.dtype).reshape(array.shape)
+
+
 def in_first_process(act: Callable[[], None]) -> None:
     """Calls `act` in process 0 alone; what it raises there ends all, see together."""
     with together():
@@ -54,7 +67,8 @@ def in_first_process(act: Callable[[], None]) -> None:
 def together() -> Iterator[None]:
     """What a process raises inside ends all of them, so that none waits for it in vain. A collective at the end.
 
-    Inside there must be no collective. Who raised raises that again, the others InputError with the first one's words.
+    Inside there must be no collective. Who raised raises that again, the others InputError with the first one's words,
+    or FailedElsewhere where that one raised something else than InputError.
     """
     if jax.process_count() == 1:
         yield
@@ -63,14 +77,16 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # goes on below, in every process
-        raised, said = error, str(error).encode()[:LONGEST_ERROR] or type(error).__name__.encode()
+        kind = OF_INPUT if isinstance(error, InputError) else OF_THE_MACHINE
+        raised, said = error, (kind + (str(error) or type(error).__name__).encode())[:LONGEST_ERROR]
     line = np.frombuffer(said.ljust(LONGEST_ERROR, b"\0"), np.uint8)
-    every = [each.tobytes().rstrip(b"\0").decode(errors="replace") for each in multihost_utils.process_allgather(line)]
+    every = [each.tobytes().rstrip(b"\0") for each in multihost_utils.process_allgather(line)]
     if raised is not None:
         raise raised
     for process, text in enumerate(every):
         if text:
-            raise InputError(f"process {process}: {text}")
+            kind = InputError if text[:1] == OF_INPUT else FailedElsewhere
+            raise kind(f"process {process}: {text[1:].decode(errors='replace')}")
 
 
 def end_if_host_lost(error: Exception) -> None:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpt_jax import mesh as meshes
+from rpt_jax.agreement import in_first_process, require_agreement
 from rpt_jax.config import (
     Config,
     CorpusConfig,
@@ -36,7 +38,7 @@ from rpt_jax.corpus.segments import require_room
 from rpt_jax.corpus.templates import load_template, require_fitting
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from rpt_jax.json_file import write_json
-from rpt_jax.learning import judge, run_folder, train
+from rpt_jax.learning import identity, judge, run_folder, train
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.inputs import Inputs
 from rpt_jax.learning.policy_folder import check_tokenizer, load_policy, require_policy_folder, save_policy
@@ -107,11 +109,13 @@ def settings_of(folder: str) -> EvaluateRun:
 
 def run_pretrain(config: PretrainRun) -> dict:
     """Trains tokenizer and decoder and writes a policy folder; documents held out are not touched."""
-    meshes.start_distributed(config.mesh)
+    identity.start_together(config)
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.pretrain.batch_size, mesh, "sequences (pretrain.batch_size)")
     require_policy_folder(config.output)
     tokenizer, corpus = _read_corpus(config)
+    texts = identity.digest([corpus.documents.digest_of[corpus.train]])
+    require_agreement({"tokenizer": tokenizer.fingerprint, "set of training documents": texts})
     context = config.model.context or config.pretrain.sequence_length
     model = replace(config.model, vocab_size=tokenizer.vocab_size, context=context)
     model.check()
@@ -141,9 +145,8 @@ def run_pretrain(config: PretrainRun) -> dict:
         "loss": losses[-1],
         "seconds": time.perf_counter() - began,
     }
-    if jax.process_index() == 0:
-        made_by = {"made_by": "rpt pretrain", "settings": to_dict(config), "figures": figures}
-        save_policy(config.output, model, params, tokenizer, made_by | run_folder.provenance())
+    made_by = {"made_by": "rpt pretrain", "settings": to_dict(config), "figures": figures} | run_folder.provenance()
+    in_first_process(lambda: save_policy(config.output, model, params, tokenizer, made_by))
     return figures
 
 
@@ -156,11 +159,13 @@ def run_annotate(config: AnnotateRun) -> dict:
             f"evaluate.annotated={config.evaluate.annotated!r}, but corpus.holdout=0 holds no documents out: set how "
             "many (paper: 200)"
         )
-    meshes.start_distributed(config.mesh)
+    identity.start_together(config)
     mesh = meshes.make_mesh(config.mesh)
     model, params, tokenizer = load_policy(config.policy, mesh)
     _require_same_tokenizer(config.corpus, tokenizer)
     corpus = open_corpus(config.corpus, tokenizer, config.seed)
+    texts = corpus.documents.digest_of
+    require_agreement({"set of documents": identity.digest((texts[corpus.train], texts[corpus.holdout]))})
     parts = {"train": (corpus.train, config.positions.annotated)}
     if config.evaluate.annotated:
         parts["holdout"] = (corpus.holdout, config.evaluate.annotated)
@@ -179,13 +184,14 @@ def run_annotate(config: AnnotateRun) -> dict:
             mesh=mesh,
             progress=_progress(f"{part} documents annotated"),
         )
-        figures[part] = _describe(folder, tokenizer, config.positions) | {"seconds": time.perf_counter() - began}
+        if jax.process_index() == 0:  # whose folder it is
+            figures[part] = _describe(folder, tokenizer, config.positions) | {"seconds": time.perf_counter() - began}
     return figures
 
 
 def run_train(config: Config) -> dict:
     """RPT; evaluates along the way where documents or questions are held out."""
-    meshes.start_distributed(config.mesh)
+    identity.start_together(config)
     has_exam = config.evaluate.annotated or config.questions.holdout or config.questions.evaluate_files
     train.run(config, held_out_evaluation if has_exam else None)
     return run_folder.read_results(config.run_folder)
@@ -193,7 +199,7 @@ def run_train(config: Config) -> dict:
 
 def run_evaluate(config: EvaluateRun) -> dict:
     """Figures of each split; see study/evaluate.py."""
-    meshes.start_distributed(config.mesh)
+    identity.start_together(config)
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.evaluate.batch_size, mesh, "positions (evaluate.batch_size)")
     model, params, tokenizer = load_policy(config.policy, mesh)
@@ -231,9 +237,13 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
         config.questions.check(config.evaluate.annotated)
         judge.check_ready(config.prompt)
         questions = open_questions(config.questions, config.prompt, tokenizer, config.seed)
+        texts = identity.digest_of_texts(questions.documents)
+        require_agreement({"set of questions to evaluate": repr((texts, questions.answers))})
         return lambda params: evaluate_questions(params, *policy, questions, limits=config.questions, **shared)
     annotated = open_annotated(config.evaluate.annotated, tokenizer)
     splits, banned = difficulty_splits(annotated, config.positions), marks(tokenizer)
+    columns = ((split.documents, split.indices, split.entropies, split.lengths) for split in splits.values())
+    require_agreement({"set of positions to evaluate": identity.digest(chain.from_iterable(columns))})
     require_fitting(policy[2], config.positions.target)
     for split in splits.values():
         require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)

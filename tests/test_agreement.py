@@ -50,11 +50,11 @@ def test_who_raises_keeps_the_error_and_the_other_gets_its_words(of_two):
     of_two(0)
     with pytest.raises(Missing), agreement.together():
         fail()
-    of_two(1, other="no file träume.jsonl".encode())
+    of_two(1, other=agreement.OF_INPUT + "no file träume.jsonl".encode())
     with pytest.raises(InputError, match="process 0: no file träume.jsonl"), agreement.together():
         pass
-    of_two(0, other=b"disk full")
-    with pytest.raises(InputError, match="process 1: disk full"), agreement.together():
+    of_two(0, other=agreement.OF_THE_MACHINE + b"disk full")
+    with pytest.raises(agreement.FailedElsewhere, match="process 1: disk full"), agreement.together():
         pass
     with pytest.raises(Missing), agreement.together():  # both: each its own
         fail()
@@ -65,9 +65,22 @@ def test_an_error_without_words_or_with_too_many_is_told_too(of_two):
     for error in (KeyError(), ValueError("x" * 5000)):
         with pytest.raises(type(error)), agreement.together():
             raise error
-    of_two(1, other=b"KeyError")
+    of_two(1, other=agreement.OF_THE_MACHINE + b"KeyError")
     with pytest.raises(InputError, match="process 0: KeyError"), agreement.together():
         pass
+
+
+@pytest.mark.parametrize(("error", "kind"), [(InputError("bad"), InputError), (OSError("bad"), agreement.FailedElsewhere)])
+def test_the_others_know_whether_it_was_the_input(of_two, monkeypatch, error, kind):
+    of_two(0)
+    gather, said = agreement.multihost_utils.process_allgather, []
+    monkeypatch.setattr(agreement.multihost_utils, "process_allgather", lambda line: said.append(line) or gather(line))
+    with pytest.raises(type(error)), agreement.together():
+        raise error
+    of_two(1, other=said[0].tobytes())
+    with pytest.raises(InputError, match="process 0: bad") as told, agreement.together():
+        pass
+    assert told.type is kind
 
 
 def test_nothing_happens_where_nobody_raises(of_two):

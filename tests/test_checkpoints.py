@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toy
 
+from rpt_jax.agreement import FailedElsewhere
 from rpt_jax.config import CheckpointConfig, MeshConfig, UpdateConfig
 from rpt_jax.learning import checkpoints
 from rpt_jax.learning.update import TrainState, init_state, make_optimizer
@@ -161,6 +162,23 @@ def test_on_request_a_damaged_checkpoint_is_set_aside(tmp_path, how, caplog):
         checkpoints.restore_newest(tmp_path, state_on(None), previous)
     saved(tmp_path, steps=(4,))  # the run goes on, and gets there again
     assert checkpoints.newest_step(tmp_path) == 4
+
+
+def test_a_checkpoint_that_another_host_could_not_open_stays(tmp_path, monkeypatch):
+    """What that host raised says nothing of the files."""
+    saved(tmp_path, steps=(2, 4))
+
+    @contextlib.contextmanager
+    def elsewhere():
+        yield
+        raise FailedElsewhere("process 1: Permission denied")
+
+    previous = CheckpointConfig(on_damaged="previous")
+    monkeypatch.setattr(checkpoints, "newest_step", lambda folder: 4)
+    monkeypatch.setattr(checkpoints, "together", elsewhere)
+    with pytest.raises(FailedElsewhere):
+        checkpoints.restore_newest(tmp_path, state_on(None), previous)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):

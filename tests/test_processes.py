@@ -53,27 +53,90 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
 
 
-def test_two_processes_annotate_as_one(tmp_path):
-    """By the command line, with parameters split over both, of which one writes."""
-    save_policy(tmp_path / "policy", toy.model(), toy.params(), toy.tokenizer(), {})
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in toy.TEXTS))
-    command = [Path(sys.executable).with_name("rpt"), "annotate", "--policy", tmp_path / "policy"]
-    command += ["--corpus.files", tmp_path / "texts.jsonl", "--positions.annotated"]
-    there = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.processes", 2, "--mesh.coordinator"]
-    there += [f"localhost:{toy_run.free_port()}", "--mesh.process"]
+def host(folder: Path, texts=toy.TEXTS) -> Path:
+    """A disk with a policy and texts."""
+    save_policy(folder / "policy", toy.model(), toy.params(), toy.tokenizer(), {})
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def annotating(hosts, flags=((), ())) -> list[subprocess.Popen]:
+    """`rpt annotate` on hosts with disks of their own, parameters split over them."""
+    command = [Path(sys.executable).with_name("rpt"), "annotate", "--policy", "policy", "--corpus.files", "texts.jsonl"]
+    command += ["--corpus.holdout", 2, "--positions.annotated", "train", "--evaluate.annotated", "holdout"]
+    if len(hosts) > 1:
+        command += ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.processes", 2, "--mesh.coordinator"]
+        command += [f"localhost:{toy_run.free_port()}", "--mesh.process"]
     options = {"env": os.environ | toy_run.ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
-    running = [
-        subprocess.Popen([*map(str, [*command, tmp_path / folder, *where])], **options)
-        for folder, where in (("one", ()), ("two", [*there, 0]), ("two", [*there, 1]))
+    rest = [[process, *flags[process]] if len(hosts) > 1 else [] for process in range(len(hosts))]
+    return [
+        subprocess.Popen([*map(str, [*command, *own])], cwd=folder, **options)
+        for folder, own in zip(hosts, rest, strict=True)
     ]
+
+
+def test_two_processes_annotate_as_one(tmp_path):
+    """By the command line; the first alone writes, and the other one does not see its disk."""
+    one, first, second = (host(tmp_path / name) for name in ("one", "first", "second"))
+    running = annotating([one]) + annotating([first, second])
     said = toy_run.finish(running)
     assert [process.returncode for process in running] == [0, 0, 0], said
-    one, two = (open_annotated(tmp_path / folder, toy.tokenizer()) for folder in ("one", "two"))
-    assert one.header == two.header and len(one) == len(two) == len(toy.TEXTS)
-    for ours, theirs in zip(one, two, strict=True):
-        np.testing.assert_array_equal(ours.tokens_T, theirs.tokens_T)
-        np.testing.assert_array_equal(ours.argmaxes_T, theirs.argmaxes_T)
-        np.testing.assert_allclose(ours.entropies_T, theirs.entropies_T, rtol=1e-5)
+    assert not (second / "train").exists() and not (second / "holdout").exists()
+    for part, count in (("train", len(toy.TEXTS) - 2), ("holdout", 2)):
+        alone, both = (open_annotated(folder / part, toy.tokenizer()) for folder in (one, first))
+        assert alone.header == both.header and len(alone) == len(both) == count
+        for ours, theirs in zip(alone, both, strict=True):
+            np.testing.assert_array_equal(ours.tokens_T, theirs.tokens_T)
+            np.testing.assert_array_equal(ours.argmaxes_T, theirs.argmaxes_T)
+            np.testing.assert_allclose(ours.entropies_T, theirs.entropies_T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["settings", "documents"])
+def test_hosts_that_would_annotate_differently_are_named(tmp_path, what):
+    """Another mesh would hang in the first program of all; other texts would give one's entropies to the other's."""
+    texts = toy.TEXTS[::-1][1:] if what == "documents" else toy.TEXTS
+    flags = [[], ["--mesh.data", 2, "--mesh.fsdp", 1] if what == "settings" else []]
+    both = annotating([host(tmp_path / "first"), host(tmp_path / "second", texts)], flags)
+    for process, said in zip(both, toy_run.finish(both), strict=True):
+        assert process.returncode == 2 and "process 1 on host" in said and f"has another set of {what}" in said, said
+    assert not (tmp_path / "first" / "train").exists()
+
+
+def of_script(code: str, folder: Path | None = None) -> tuple[list[str], list[int]]:
+    """(what each of two processes says, their statuses) of `rpt evaluate` with another body."""
+    command = [sys.executable, "-c", code, "evaluate", "policy", "--mesh.processes", "2", "--mesh.coordinator"]
+    command += [f"localhost:{toy_run.free_port()}", "--mesh.process"]
+    options = {"env": os.environ | toy_run.ENVIRONMENT, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    both = [subprocess.Popen([*command, str(process)], **options) for process in range(2)]
+    return toy_run.finish(both), [process.returncode for process in both]
+
+
+APART = """
+import os, sys
+import jax, numpy as np
+from rpt_jax import agreement, cli, commands, mesh
+from rpt_jax.learning import checkpoints
+
+def act(config):
+    mesh.start_distributed(config.mesh)
+    rank = jax.process_index()
+    assert agreement.of_first(np.array(0.1 + rank)) == 0.1  # float64, which JAX would cut
+    assert agreement.of_first(np.array([rank, 2], np.int32)).tolist() == [0, 2]
+    checkpoints.require_shared("shared")
+    assert os.listdir("shared") == []
+    checkpoints.SEEN_SECONDS = 1
+    checkpoints.require_shared(f"{rank}/own")
+
+commands.run_evaluate = act
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_checkpoints_on_disks_that_hosts_do_not_share_are_refused(tmp_path):
+    """They would hold a part each, and no run could go on from them."""
+    said, statuses = of_script(APART, tmp_path)
+    assert statuses == [2, 2], said
+    assert all("does not see what process 0 writes to 1/own" in each for each in said), said
 
 
 def test_hosts_that_differ_are_named(tmp_path):
@@ -133,12 +196,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_an_error_of_one_process_when_the_others_are_done_costs_them_nothing():
     """As where process 0 writes what all have computed: they wait for it, and end as they would have."""
-    command = [sys.executable, "-c", LAST, "evaluate", "policy", "--mesh.processes", "2", "--mesh.coordinator"]
-    command += [f"localhost:{toy_run.free_port()}", "--mesh.process"]
-    options = {"env": os.environ | toy_run.ENVIRONMENT, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, str(process)], **options) for process in range(2)]
-    first, second = toy_run.finish(both)
-    assert [process.returncode for process in both] == [2, 0], (first, second)
+    (first, second), statuses = of_script(LAST)
+    assert statuses == [2, 0], (first, second)
     assert first.endswith("rpt: nowhere to write\n") and "nowhere" not in second
 
 

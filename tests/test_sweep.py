@@ -246,7 +246,7 @@ def test_a_stage_that_fails_is_counted_when_stages_are_made_alone(experiment, se
 
 def test_several_hosts_do_not_make_a_stage_together(experiment, settings, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(sweep.meshes, "start_distributed", lambda config: None)
+    monkeypatch.setattr(sweep.identity, "start_together", lambda config: None)
     with pytest.raises(InputError, match="s-2-0 needs base-s.*--stages-only"):
         sweep.sweep(str(experiment), SweepSettings(cell="s-2-0", **settings))
 

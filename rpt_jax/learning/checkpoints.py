@@ -10,6 +10,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import socket
+import time
 from pathlib import Path
 
 import jax
@@ -18,13 +21,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from rpt_jax.agreement import together
+from rpt_jax.agreement import FailedElsewhere, in_first_process, of_first, together
 from rpt_jax.config import CheckpointConfig, Config
 from rpt_jax.learning.update import TrainState
 from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
+SEEN_SECONDS = 10  # in which a shared folder shows on all hosts what one has written
 Manager = ocp.CheckpointManager
 # Raised as they are, also by policy_folder.py: memory, access or another host failed, which says nothing of the files.
 NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError, ConnectionError, TimeoutError)
@@ -35,10 +39,41 @@ def newest_step(folder: str | Path) -> int | None:
     with together():
         is_there = jax.process_index() == 0 and epath.Path(folder).is_dir()
         steps = ocp.utils.checkpoint_steps(folder) if is_there else []
-    newest = max(steps, default=-1)
-    if jax.process_count() > 1:
-        newest = int(multihost_utils.broadcast_one_to_all(np.array(newest)))
+    newest = int(of_first(np.array(max(steps, default=-1))))
     return None if newest < 0 else newest
+
+
+def require_shared(folder: str | Path) -> None:
+    """Raises InputError, in all processes, where one does not see what process 0 writes to the folder. A collective.
+
+    Each process saves its own part of what is spread over them: on disks of their own no host would have it all.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = epath.Path(folder) / f".seen_by_all.{of_first(np.frombuffer(os.urandom(8), np.uint8)).tobytes().hex()}"
+
+    def write():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+
+    in_first_process(write)
+    try:
+        with together():
+            _await(mark)
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
+
+
+def _await(mark: epath.Path) -> None:
+    for _ in range(SEEN_SECONDS):
+        if mark.exists():
+            return
+        time.sleep(1)
+    raise InputError(
+        f"host {socket.gethostname()!r} does not see what process 0 writes to {mark.parent}: name a folder that all "
+        "hosts share, --checkpoint.folder gs://BUCKET/FOLDER or on a shared disk"
+    )
 
 
 def folder_of(config: Config) -> epath.Path:
@@ -81,7 +116,7 @@ def save(manager: Manager, step: int, state: TrainState, host: dict) -> None:
 
     A step that is there already is left alone: a run is a function of its step, so it holds the same.
     """
-    if step in manager.all_steps():
+    if of_first(np.array(step in manager.all_steps())):
         return
     rest = _rest(state)
     found = {"params": fingerprint(state.params), "rest": fingerprint(rest), "host": _digest(host)}
@@ -123,6 +158,8 @@ def restore_newest(folder: str | Path, like: TrainState, config: CheckpointConfi
         with contextlib.closing(open_checkpoints(folder, config.keep, read_only=True)) as manager:
             try:
                 return *restore(manager, like, step), step
+            except FailedElsewhere:
+                raise
             except InputError as error:
                 if config.on_damaged == "stop" or len(manager.all_steps()) < 2:
                     raise
@@ -136,11 +173,12 @@ def restore_newest(folder: str | Path, like: TrainState, config: CheckpointConfi
 
 def newest_params(folder: str | Path, like: Params) -> Params | None:
     """The parameters of the newest whole checkpoint, laid out as `like`; None where there is none. See restore."""
+    step = newest_step(folder)  # of all processes: the run may still be saving
+    if step is None:
+        return None
     with contextlib.closing(open_checkpoints(folder, 0, read_only=True)) as manager:
-        if manager.latest_step() is None:
-            return None
         items = ocp.args.Composite(params=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
-        found, _ = _restore(manager, manager.latest_step(), items)
+        found, _ = _restore(manager, step, items)
         return found.params
 
 
@@ -151,11 +189,12 @@ def abstract_state(state: TrainState) -> TrainState:
 
 def _restore(manager, step, items):
     """(what `items` ask for, host without the fingerprints), compared with these."""
-    folder = manager.directory / str(step)
-    if step not in manager.all_steps():
-        there = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
-        raise InputError(f"no checkpoint {folder}; whole ones in {folder.parent}: {there}")
     with together():
+        folder, there = manager.directory / str(step), sorted(manager.all_steps())
+        if step not in there:
+            raise InputError(
+                f"no checkpoint {folder}; whole ones in {folder.parent}: {', '.join(map(str, there)) or 'none'}"
+            )
         try:
             found = manager.restore(step, args=items)
         except NOT_OF_THE_FILES:

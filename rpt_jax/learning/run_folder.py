@@ -29,10 +29,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 
-from rpt_jax.agreement import in_first_process
+from rpt_jax.agreement import in_first_process, of_first
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer
@@ -100,7 +99,7 @@ def find(config: Config, identity: dict) -> int | None:
 
     Where checkpoints have a folder of their own, the run's small files beside them are brought here: another machine
     may have written them. Raises InputError where the run folder's own checkpoints are in another folder than
-    config says: the run would begin anew over its rows.
+    config says: the run would begin anew over its rows; and where hosts do not see the same folder of checkpoints.
     """
     folder, here = checkpoints.folder_of(config), Path(config.run_folder)
     start = checkpoints.newest_step(folder)
@@ -117,6 +116,7 @@ def find(config: Config, identity: dict) -> int | None:
             _copy(folder / KEPT, epath.Path(here))
 
     in_first_process(check)
+    checkpoints.require_shared(folder)
     return start
 
 
@@ -230,10 +230,7 @@ def write_evaluation(log: RunLog, row: dict) -> None:
 def last_evaluation(log: RunLog) -> int:
     """Updates made at the last evaluation on disk, -1 for none; the same answer in every process."""
     rows = read_rows(log.folder / "evaluations.jsonl") if log.tensorboard else []
-    last = rows[-1]["step"] if rows else -1
-    if jax.process_count() > 1:
-        last = int(multihost_utils.broadcast_one_to_all(np.array(last)))
-    return last
+    return int(of_first(np.array(rows[-1]["step"] if rows else -1)))
 
 
 def write_results(log: RunLog, config: Config) -> dict:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax import compilation, host_memory, preemption
-from rpt_jax.agreement import require_agreement
+from rpt_jax.agreement import of_first, require_agreement, together
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus import curriculum
 from rpt_jax.corpus.positions import AnnotatedDocuments, Position, Positions
@@ -102,13 +103,15 @@ def train(
     """
     # Longer than 40 lines: what is deleted on the way, to make room on the devices, no other frame may hold.
     model, params, tokenizer = policy
-    config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh) if mesh is None else mesh
+    config = dataclasses.replace(config, model=model)
+    identity.require_same_settings(config)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     ends = end_ids(tokenizer, config.sample.end_tokens)
     source = Source(config, model, tokenizer, template, annotated.documents, ends, mesh)
     inputs.check(source, annotated, positions)
     params = _on_mesh(params, param_shardings(mesh, decoder.logical_axes(model), params))
     found = identity.of_inputs(source, params, positions)
-    require_agreement(identity.of_host(config, found))
+    require_agreement({name.replace("_", " "): repr(value) for name, value in found.items()})
     with jax.set_mesh(mesh), preemption.watch() as told:  # by the mesh the scorer's kernel splits its work
         start = run_folder.find(config, found)
         reference = params if config.update.kl_coefficient else None
@@ -221,7 +224,11 @@ def _continued(
             f"checkpoint {checkpoints.folder_of(config) / str(start)} does not say where the run stood "
             f"({type(error).__name__}: {error}): it is damaged, start the run anew"
         ) from error
-    return queue, flops_spent(Path(config.run_folder), start) if spent is None else spent
+    if spent is None:
+        with together():  # the rows may be with process 0 alone
+            spent = flops_spent(Path(config.run_folder), start) if jax.process_index() == 0 else 0.0
+        spent = float(of_first(np.array(spent)))
+    return queue, spent
 
 
 def _maybe_evaluate(run: Run, state: TrainState, step: int, evaluated: int, is_last: bool = False) -> None:

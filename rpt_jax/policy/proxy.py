@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.agreement import in_first_process, require_agreement, together
+from rpt_jax.agreement import in_first_process, of_first, together
 from rpt_jax.config import ModelConfig, PositionConfig
 from rpt_jax.corpus.documents import Documents
 from rpt_jax.corpus.positions import (
@@ -110,10 +110,13 @@ def annotate(
     size = {"documents": total, "part_documents": part_documents}
     header = make_header(tokenizer, config, proxy) | made_by | size
     in_first_process(lambda: write_header(folder, header))
-    with together():
-        written = written_parts(folder)
-        _check_written(folder, written, documents, part_documents)
-    require_agreement({"set of annotated parts": repr(written)})
+    parts = np.arange(-(-total // part_documents))
+    is_written_P = np.zeros(len(parts), bool)
+    with together():  # the folder is that of process 0
+        if jax.process_index() == 0:
+            is_written_P = np.isin(parts, written_parts(folder))
+            _check_written(folder, np.flatnonzero(is_written_P), documents, part_documents)
+    is_written_P = of_first(is_written_P)
     report = progress or (lambda done, total: None)
     settings = model, config.top_candidates, config.renormalise, tuple(banned_ids), token_chunk
 
@@ -123,7 +126,7 @@ def annotate(
 
     for part, start in enumerate(range(0, total, part_documents)):
         stop = min(start + part_documents, total)
-        if part not in written:
+        if not is_written_P[part]:
             kept = [_unpredicted(*documents[i], model.vocab_size) for i in range(start, stop)]
             _fill(kept, run, config, mesh, lambda done, start=start: report(start + done, total))
             in_first_process(functools.partial(write_annotated, folder, part, kept))
@@ -252,7 +255,7 @@ def _check(model: ModelConfig, tokenizer: Tokenizer, config: PositionConfig, ban
 
 def _check_written(folder: str | Path, written: Sequence[int], documents: Source, part_documents: int) -> None:
     """Compares all documents of the parts that are there with the source's; the header vouches for their number."""
-    if not written:
+    if not len(written):
         return
     there, places = iter(open_annotated(folder)), range(len(documents))
     for part in written:

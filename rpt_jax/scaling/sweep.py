@@ -28,7 +28,7 @@ from pathlib import Path
 
 import jax
 
-from rpt_jax import mesh as meshes
+from rpt_jax.learning import identity
 from rpt_jax.records import InputError
 from rpt_jax.scaling import claims, sweep_cell, sweep_xpk, table
 from rpt_jax.scaling.sweep_cell import Cell, Kind
@@ -304,7 +304,7 @@ def run_here(experiment: str, cell: Cell, folder: Path, results: Path, cells: Se
     """
     state = Sweep(experiment, folder, results, cells, [cell], SweepSettings())
     check_rows(state)
-    meshes.start_distributed(cell.config.mesh)
+    identity.start_together(cell.config)
     if cell.needs and (sweep_cell.read_result(folder, "stages", cell.needs) or {}).get("status") != "done":
         if jax.process_count() > 1:
             raise InputError(

@@ -29,12 +29,11 @@ from typing import Literal
 import jax
 
 from rpt_jax import commands, compilation, host_memory
-from rpt_jax import mesh as meshes
 from rpt_jax.config import Config
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.experiment_file import called, load_module
 from rpt_jax.json_file import read_object, write_json
-from rpt_jax.learning import run_folder, run_rows, train
+from rpt_jax.learning import identity, run_folder, run_rows, train
 from rpt_jax.learning.inputs import Inputs
 from rpt_jax.ranges import require_in_range
 from rpt_jax.records import InputError
@@ -184,7 +183,7 @@ def held_out_evaluation(inputs: Inputs) -> train.Evaluate:
 
 def run_cell(cell: Cell, folder: Path, claim: claims.Claim | None = None) -> dict:
     """Trains and evaluates, from the cell's newest checkpoint if there is one, and writes its result."""
-    meshes.start_distributed(cell.config.mesh)
+    identity.start_together(cell.config)
     train.run(cell.config, held_out_evaluation)
     row = row_of_run(cell) if jax.process_index() == 0 else {}
     if row and (claim is None or claims.holds(claim)):

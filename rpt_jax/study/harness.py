@@ -23,7 +23,7 @@ from rpt_jax.config import MeshConfig, ModelConfig, SampleConfig
 from rpt_jax.corpus.prompts import THOUGHT_END
 from rpt_jax.corpus.templates import CHATS
 from rpt_jax.corpus.tokenizer import Tokenizer
-from rpt_jax.learning import run_folder
+from rpt_jax.learning import identity, run_folder
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder
@@ -125,7 +125,7 @@ def open_policy(config: HarnessRun) -> Asked:
         raise InputError("no policy named: give a policy folder or the folder of a run, `rpt harness FOLDER`")
     if not config.tasks:
         raise InputError("tasks is empty: name one or more, for example --tasks gsm8k")
-    meshes.start_distributed(config.mesh)
+    identity.start_together(config)
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.batch_size, mesh, "contexts (batch_size)")
     model, params, tokenizer = load_policy(config.policy, mesh)

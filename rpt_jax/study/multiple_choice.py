@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax import mesh as meshes
+from rpt_jax.agreement import require_agreement
 from rpt_jax.config import MeshConfig, ModelConfig, PromptConfig, SampleConfig
 from rpt_jax.corpus.choices import LETTERS, FormatName, Question, choose, listed, parse_choice, read_questions
 from rpt_jax.corpus.positions import Position
@@ -29,7 +30,7 @@ from rpt_jax.corpus.prompts import assemble, parse_answers
 from rpt_jax.corpus.templates import CHATS, Template, load_template
 from rpt_jax.corpus.tokenizer import Tokenizer
 from rpt_jax.json_file import write_json, write_whole
-from rpt_jax.learning import run_folder
+from rpt_jax.learning import identity, run_folder
 from rpt_jax.learning.collect import end_ids
 from rpt_jax.learning.policy_folder import load_policy
 from rpt_jax.policy import decoder
@@ -140,7 +141,8 @@ def run(config: ChoicesRun) -> dict:
         raise InputError("no policy named: give a policy folder or the folder of a run, `rpt choices FOLDER`")
     every, skipped = read_questions(config.files, config.format, config.category, config.on_bad_record)
     questions = choose(every, config.per_category, config.seed)
-    meshes.start_distributed(config.mesh)
+    identity.start_together(config)
+    require_agreement({"set of questions": repr(questions)})
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.batch_size, mesh, "questions (batch_size)")
     model, params, tokenizer = load_policy(config.policy, mesh)
