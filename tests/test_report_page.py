@@ -35,11 +35,13 @@ def browser(tmp_path_factory):
 
 
 def show(browser, path, width):
-    """Opens a page at a width in CSS pixels and waits until its script is through."""
+    """Opens a page at a width in CSS pixels, waits until its script is through and the charts are drawn."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(path.as_uri())
     until(browser, "document.documentElement.dataset.ready === 'yes'", True)
+    undrawn = "[...document.querySelectorAll('.chart svg')].filter(plot => plot.clientWidth && !plot.firstChild)"
+    until(browser, f"{undrawn}.length", 0)  # the observer of their sizes draws them with the page's first frame
 
 
 def until(browser, expression, expected):
