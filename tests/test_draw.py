@@ -91,34 +91,56 @@ def test_draws_follow_the_softmax(top_k):
     assert_drawn_from(np.bincount(tokens_B, minlength=6), left_V / left_V.sum())
 
 
-@pytest.mark.parametrize(("end", "token"), [(0.0, 1), (1 - 2.0**-23, 2)])
-def test_the_ends_of_the_uniform_numbers_draw_no_improbable_token(monkeypatch, end, token):
+def test_zero_draws_no_improbable_token(monkeypatch):
     """JAX draws 0 once in 2^23 times, where the first of these tokens is due once in 2^100."""
-    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(end))
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape, jnp.float32))
     logits_1V = np.log(np.array([[2.0**-100, 0.5, 0.5, 2.0**-100]], np.float32))
     tokens_1, _ = draw.draw(logits_1V, jax.random.split(jax.random.key(0), 1), SAMPLING)
-    assert tokens_1.tolist() == [token]
+    assert tokens_1.tolist() == [1]
+
+
+def test_tokens_of_an_improbable_block_are_drawn_as_often_as_they_should():
+    """Of a block of 1e-6 of all, two tokens share what there is, and the one before them is due once in 2^60 times."""
+    weights_V = np.zeros(256, np.float32)
+    weights_V[0], weights_V[128], weights_V[130:132] = 1, 2.0**-80, 5e-7
+    within_B = (np.arange(1000, dtype=np.float32) + 0.5) / 1000
+    numbers_B2 = np.stack([np.full(1000, 1 - 2.0**-24, np.float32), within_B], axis=1)
+    with np.errstate(divide="ignore"):
+        logits_BV = np.tile(np.log(weights_V), (1000, 1))
+    tokens_B = np.asarray(draw._inverse(jnp.asarray(logits_BV), jnp.asarray(numbers_B2)))
+    np.testing.assert_array_equal(tokens_B, np.where(within_B < 0.5, 130, 131))
+
+
+_inverse = jax.jit(draw._inverse)  # as it runs: XLA contracts what it may
 
 
 @hypothesis.given(
     weights_V=st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.5, 1.0, 3.0]), min_size=1, max_size=300),
-    uniform=st.sampled_from([0.0, 1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-24]),
+    uniform=st.sampled_from([1e-7, 0.25, 0.5, 0.75, 1 - 2.0**-24]),
+    within=st.sampled_from([2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24]),
 )
-def test_the_number_falls_where_the_sum_passes_it(weights_V, uniform):
-    """Against float64 up to rounding at the borders, over several blocks; never a token of probability 0."""
+def test_the_numbers_fall_where_the_sums_pass_them(weights_V, uniform, within):
+    """Against float64 up to rounding at the borders, of blocks and within one; never a token of probability 0."""
     hypothesis.assume(max(weights_V) > 1e-7)
-    weights_V = np.array([*weights_V, *[0.0] * (300 - len(weights_V))])  # one shape
+    weights_V = np.array([*weights_V, *[0.0] * (384 - len(weights_V))])  # one shape
     with np.errstate(divide="ignore"):
         logits_1V = np.log(weights_V)[None].astype(np.float32)
-    token = int(draw._inverse(jnp.asarray(logits_1V), jnp.array([uniform], jnp.float32))[0])
-    sums_V = np.cumsum(weights_V) / weights_V.sum()
+    token = int(_inverse(logits_1V, np.array([[uniform, within]], np.float32))[0])
     assert weights_V[token] > 0
-    assert sums_V[token] >= uniform - 1e-6 and (token == 0 or sums_V[token - 1] <= uniform + 1e-6)
+    blocks = weights_V.reshape(-1, draw.BLOCK)
+    for place, number, weights in (
+        (token // draw.BLOCK, uniform, blocks.sum(axis=1)),
+        (token % draw.BLOCK, within, blocks[token // draw.BLOCK]),
+    ):
+        sums = np.cumsum(weights) / weights.sum()
+        assert sums[place] >= number - 1e-6 and (place == 0 or sums[place - 1] <= number + 1e-6)
 
 
 def test_a_large_vocabulary_is_drawn_evenly():
-    """152,064 equal tokens and 4,000 numbers: each falls at its own share of the vocabulary, to 1e-6."""
-    uniform_B = np.linspace(0, 1, 4000, endpoint=False, dtype=np.float32)
-    drawn = jax.jit(jax.vmap(lambda uniform: draw._inverse(jnp.zeros((1, 152_064)), uniform[None])[0]))
-    tokens_B = np.concatenate([drawn(part) for part in uniform_B.reshape(40, 100)])
-    np.testing.assert_allclose(tokens_B / 152_064, uniform_B, atol=1e-5)
+    """152,064 equal tokens and 4,000 pairs of numbers: each falls at its own share of all blocks, and of one."""
+    uniform_B = np.linspace(0, 1, 4000, endpoint=False, dtype=np.float32) + np.float32(draw.HALF_A_STEP)
+    within_B = np.roll(uniform_B, 777)
+    drawn = jax.jit(jax.vmap(lambda numbers_2: draw._inverse(jnp.zeros((1, 152_064)), numbers_2[None])[0]))
+    tokens_B = np.concatenate([drawn(part) for part in np.stack([uniform_B, within_B], 1).reshape(40, 100, 2)])
+    np.testing.assert_allclose(tokens_B // draw.BLOCK, np.floor(uniform_B * 1188 + 1e-4), atol=1)
+    np.testing.assert_array_equal(tokens_B % draw.BLOCK, np.floor(within_B * draw.BLOCK))

@@ -20,6 +20,7 @@ TOKENS_NT = np.array([[3, 1, 4, 1], [9, 0, 0, 0], [2, 6, 5, 0], [10, 3, 0, 0]], 
 LENGTHS_N = np.array([4, 1, 3, 2], np.int32)
 IDS_N2 = np.array([[0, 7], [2**32 - 1, 2**32 - 2], [5, 2**31], [7, 0]], np.uint32)
 END_IDS = (5, 8)
+KEY = 9  # whose rollouts are ragged, of which some do not end and some go on behind a 7
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def prompts(tokens_NT=TOKENS_NT, lengths_N=LENGTHS_N, ids_N2=IDS_N2):
     return Prompts(tokens_NT, lengths_N, ids_N2, truth_NX=None, boundaries_NX=None, entropies_N=None)
 
 
-def sample(asked=None, sampling=SAMPLING, end_ids=END_IDS, key=0, params=None) -> Rollouts:
+def sample(asked=None, sampling=SAMPLING, end_ids=END_IDS, key=KEY, params=None) -> Rollouts:
     params, asked = params or policy(), asked or prompts()
     return sampler.sample(params, MODEL, sampling, asked, jax.random.key(key), end_ids)
 
@@ -187,7 +188,7 @@ def test_fewer_slots_when_none_wait_give_the_same_rollouts():
     """One rollout of 12 goes on alone for long: from 12 slots down to 2."""
     limits_NG = np.where(np.arange(12).reshape(4, 3) == 7, 12, 3)
     sampling = replace(SAMPLING, tokens_per_call=3)
-    made = sampler.sample(policy(), MODEL, sampling, prompts(), jax.random.key(0), (), limits_NG=limits_NG)
+    made = sampler.sample(policy(), MODEL, sampling, prompts(), jax.random.key(KEY), (), limits_NG=limits_NG)
     np.testing.assert_array_equal(made.lengths_NG, limits_NG)
     free = sample(end_ids=())
     live_NGR = np.arange(12) < limits_NG[:, :, None]
@@ -257,7 +258,7 @@ def test_a_stop_ends_a_rollout_and_changes_no_other(slots):
     whole, token, ended = rollouts(), 7, 0
     sampling = replace(SAMPLING, slots=slots, tokens_per_call=3)
     made = sampler.sample(
-        policy(), MODEL, sampling, prompts(), jax.random.key(0), END_IDS, stop=lambda tokens_R: token in tokens_R
+        policy(), MODEL, sampling, prompts(), jax.random.key(KEY), END_IDS, stop=lambda tokens_R: token in tokens_R
     )
     for n, g in np.ndindex(*whole.lengths_NG.shape):
         tokens_R, length = whole.tokens_NGR[n, g, : whole.lengths_NG[n, g]], made.lengths_NG[n, g]

@@ -18,37 +18,40 @@ improbable it is, once in so many draws."""
 
 
 def draw(logits_BV: Array, keys_B: Array, sampling: SampleConfig) -> tuple[Array, Array]:
-    """One token per row and its log-prob: where a uniform number falls in the summed up probabilities of the cut
-    distribution; arg-max at temperature 0. The sums are by blocks first, so that they stay exact over any vocabulary.
+    """One token per row and its log-prob: where uniform numbers fall in the summed up probabilities of the cut
+    distribution; arg-max at temperature 0.
+
+    One number finds a block of tokens, another one the token in it: a single float32 number would have no digits left
+    for the tokens of an improbable block.
     """
     scaled_BV = logits_BV / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         tokens_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        uniform_B = jax.vmap(jax.random.uniform)(keys_B) + HALF_A_STEP
-        tokens_B = _inverse(cut(scaled_BV, sampling), uniform_B)
+        uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B) + HALF_A_STEP
+        tokens_B = _inverse(cut(scaled_BV, sampling), uniform_B2)
     chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
 
 
-def _inverse(scaled_BV: Array, uniform_B: Array) -> Array:
-    """The token at which the distribution function of softmax(scaled) passes the number, which is in [0, 1)."""
+def _inverse(scaled_BV: Array, uniform_B2: Array) -> Array:
+    """The token at which the distribution functions of softmax(scaled), over blocks and within one, pass the numbers.
+
+    These are in (0, 1).
+    """
     B, V = scaled_BV.shape
     weights_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
     weights_BXY = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    sums_BX = jnp.cumsum(jnp.sum(weights_BXY, axis=2), axis=1)
-    block_B, before_B = _passed(sums_BX, uniform_B * sums_BX[:, -1])
+    block_B = _passed(jnp.sum(weights_BXY, axis=2), uniform_B2[:, 0])
     inside_BY = jnp.take_along_axis(weights_BXY, block_B[:, None, None], axis=1)[:, 0]
-    left_B = uniform_B * sums_BX[:, -1] - before_B
-    return block_B * BLOCK + _passed(jnp.cumsum(inside_BY, axis=1), left_B)[0]
+    return block_B * BLOCK + _passed(inside_BY, uniform_B2[:, 1])
 
 
-def _passed(sums_BX: Array, goals_B: Array) -> tuple[Array, Array]:
-    """(the first place whose sum is above the goal, the sum before it); always one that adds something."""
-    index_B = jnp.sum(sums_BX <= goals_B[:, None], axis=1)
-    index_B = jnp.minimum(index_B, jnp.argmax(sums_BX, axis=1))  # rounding may set the goal past the end
-    before_B = jnp.take_along_axis(jnp.pad(sums_BX, ((0, 0), (1, 0))), index_B[:, None], axis=1)[:, 0]
-    return index_B, before_B
+def _passed(weights_BX: Array, uniform_B: Array) -> Array:
+    """The first place whose sum of weights is above this share of all; always one that adds something."""
+    sums_BX = jnp.cumsum(weights_BX, axis=1)
+    index_B = jnp.sum(sums_BX <= (uniform_B * sums_BX[:, -1])[:, None], axis=1)
+    return jnp.minimum(index_B, jnp.argmax(sums_BX, axis=1))  # rounding may set the goal past the end
 
 
 def cut(scaled_BV: Array, sampling: SampleConfig) -> Array:
