@@ -12,7 +12,7 @@ import scipy.stats
 from rpt_jax import mesh as meshes
 from rpt_jax.config import MeshConfig, ModelConfig, SampleConfig
 from rpt_jax.policy import decoder, sampler, scorer
-from rpt_jax.records import Prompts, Rollouts
+from rpt_jax.records import InputError, Prompts, Rollouts
 
 MODEL = ModelConfig(vocab_size=12, width=16, layers=2, heads=2, kv_heads=1, head_channels=8, hidden=24)
 SAMPLING = SampleConfig(group_size=3, temperature=0.8, max_tokens=12, tokens_per_call=5)
@@ -193,6 +193,19 @@ def test_fewer_slots_when_none_wait_give_the_same_rollouts():
     free = sample(end_ids=())
     live_NGR = np.arange(12) < limits_NG[:, :, None]
     assert_same(made, Rollouts(free.tokens_NGR * live_NGR, limits_NG, free.logprobs_NGR * live_NGR, free.finished_NG))
+
+
+def test_a_rollout_has_room_for_a_token():
+    limits_NG = np.where(np.arange(12).reshape(4, 3) == 7, 0, 3)
+    with pytest.raises(InputError, match="a rollout may have 0 tokens"):
+        sampler.sample(policy(), MODEL, SAMPLING, prompts(), jax.random.key(KEY), (), limits_NG=limits_NG)
+
+
+def test_a_policy_that_is_broken_gives_no_rollouts():
+    """All comparisons with nan are false: the first token would be drawn each time, as if nothing were wrong."""
+    broken = policy() | {"head": policy()["head"].at[0, 3].set(jnp.nan)}
+    with pytest.raises(FloatingPointError, match="log-probs of sampled tokens are not finite"):
+        sample(params=broken)
 
 
 def test_positions_of_one_document_give_the_rollouts_of_prompts_alone():

@@ -34,7 +34,7 @@ from rpt_jax.policy.decoder import KeyValues
 from rpt_jax.policy.draw import draw
 from rpt_jax.policy.slots import Look, Seating, first_seating, next_seating, worth_a_look
 from rpt_jax.policy.stream import Stream, packed_prompts, pick
-from rpt_jax.records import Array, Params, Prompts, Rollouts
+from rpt_jax.records import Array, InputError, Params, Prompts, Rollouts
 
 FIRST_CACHE = 64  # columns; doubled when too few
 
@@ -61,13 +61,16 @@ def sample(
     stop: asked by the host after each call of the decoder about the tokens of each rollout so far, int32 [R]; where it
     says yes the rollout ends there, as with an end token. That is up to `sampling.tokens_per_call` tokens late.
 
-    Raises InputError for prompts that do not divide over data and fsdp.
+    Raises InputError for prompts that do not divide over data and fsdp, for a limit below 1 and for fewer slots than
+    groups need; FloatingPointError where the policy gives log-probs that are not finite.
     """
     params = decoder.gathered(params, model)
     mesh = mesh_of(params)
     limits_NG = np.full(
         (len(prompts.lengths_N), sampling.group_size), sampling.max_tokens if limits_NG is None else limits_NG
     )
+    if limits_NG.min(initial=1) < 1:
+        raise InputError(f"a rollout may have {limits_NG.min()} tokens: use limits of 1 or more")
     if mesh is None:
         return _sample(params, model, sampling, prompts, key, end_ids, limits_NG, stop, 1, lambda tree: tree)
     check_batch_divides(len(prompts.lengths_N), mesh)
@@ -140,6 +143,12 @@ class _Written:
 
     def note(self, seating: Seating, steps: int, tokens_XB, logprobs_XB, counts_B: np.ndarray) -> None:
         """Takes in what a call of so many steps has drawn: the first counts_B of each column."""
+        made_XB = np.arange(len(logprobs_XB))[:, None] < counts_B
+        if not np.isfinite(logprobs_XB, where=made_XB, out=np.ones_like(made_XB)).all():
+            raise FloatingPointError(
+                "log-probs of sampled tokens are not finite: the policy's parameters are broken, or the temperature is "
+                "so low that logits overflow"
+            )
         self.slot_steps += steps * seating.rollouts_US.size
         self.stopped = False
         for (u, s), count in np.ndenumerate(counts_B.reshape(seating.rollouts_US.shape)):
