@@ -86,6 +86,19 @@ def test_the_queue_is_drawn_from_first_and_what_is_left_of_it_stays(run_collect)
     assert rounds == [[90, 91, 0, 1], [2, 3, 4, 5]] and chosen == [91, 0, 1, 2] and queue == [3, 4, 5]
 
 
+def test_a_position_that_comes_twice_in_a_round_waits_for_the_next():
+    """There it would get the same rollouts again: an epoch of five ends after the fifth, and 3 and 4 come once more."""
+    stream = (Position(0, index, 0.0) for index in (0, 1, 2, 3, 4, 3, 4, 0, 1, 2))
+    indices = []
+    queue = ()
+    for _ in range(3):
+        drawn, queue = collect.draw(stream, queue, 3)
+        indices.append(([each.index for each in drawn], [each.index for each in queue]))
+    assert indices == [([0, 1, 2], []), ([3, 4, 0], [3, 4]), ([3, 4, 1], [])]
+    drawn, queue = collect.draw(iter([Position(0, 7, 0.0)] * 9), (), 3)  # no others: not for ever
+    assert len(drawn) == len(queue) == 3
+
+
 def test_the_key_is_that_of_seed_step_and_round(monkeypatch):
     """Whatever the queue. A position that comes again in another round gets rollouts of its own."""
     keys = []

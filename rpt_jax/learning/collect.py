@@ -16,7 +16,8 @@ exactly on-policy; the price is that their rollouts are made again, by a policy 
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -137,9 +138,18 @@ def collect(
 def draw(
     stream: Iterator[Position], queue: Sequence[Position], count: int
 ) -> tuple[tuple[Position, ...], tuple[Position, ...]]:
-    """(count positions, the rest of the queue): the queue first, then the stream."""
-    first = tuple(queue[:count])
-    return first + tuple(next(stream) for _ in range(count - len(first))), tuple(queue[count:])
+    """(count positions, what is queued then): the queue first, then the stream.
+
+    One that comes again, as at the end of an epoch, waits in the queue for the next round: in one round it would get
+    the same rollouts twice. No more than `count` wait so, for a stream of fewer positions has no others.
+    """
+    queue, drawn, places, again = deque(queue), [], set(), []
+    while len(drawn) < count:
+        position = queue.popleft() if queue else next(stream)
+        place = position.document, position.index
+        (again if place in places and len(again) < count else drawn).append(position)
+        places.add(place)
+    return tuple(drawn), (*again, *queue)
 
 
 def roll(
