@@ -84,6 +84,7 @@ ORDER = [
     "rpt_jax.learning.run_folder",
     "rpt_jax.learning.pretrain",
     "rpt_jax.learning.collect",
+    "rpt_jax.learning.shown",
     "rpt_jax.learning.targets",
     "rpt_jax.learning.identity",
     "rpt_jax.learning.progress",

@@ -37,9 +37,10 @@ from rpt_jax.learning import (
 )
 from rpt_jax.learning.advantages import group_advantages
 from rpt_jax.learning.batch import maybe_check, pack, shortened
-from rpt_jax.learning.collect import Groups, Source, collect, end_ids, shown
+from rpt_jax.learning.collect import Groups, Source, collect, end_ids
 from rpt_jax.learning.inputs import Inputs, Policy
 from rpt_jax.learning.run_rows import flops_spent
+from rpt_jax.learning.shown import shown
 from rpt_jax.learning.update import (
     TrainState,
     init_state,
