@@ -155,7 +155,9 @@ def _check(hidden, head, targets, mask, tied, softcap, chunk):
 
 def _reference(hidden_TD, head, targets_T, scale, tied, softcap) -> LogProbs:
     """The specification: all logits at once, gradients by autodiff."""
-    logits_TV = jnp.dot(hidden_TD, head.T if tied else head, preferred_element_type=jnp.float32)
+    precision = lax.Precision.HIGHEST if hidden_TD.dtype == jnp.float32 else None
+    head = head.T if tied else head
+    logits_TV = jnp.dot(hidden_TD, head, precision=precision, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits_TV = softcap * jnp.tanh(logits_TV / softcap)
     logprobs_TV = jax.nn.log_softmax(logits_TV * scale)

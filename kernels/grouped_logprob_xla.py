@@ -101,8 +101,10 @@ def _masked(plan, values_TV, columns, instead):
 
 
 def _dot(a, b, a_axis, b_axis):
-    """Sum over one axis of each, in float32."""
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    """Sum over one axis of each, in float32; float32 inputs are multiplied in full (a TPU would round them first)."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _in_chunks(chunk, *arrays):

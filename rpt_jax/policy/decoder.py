@@ -330,7 +330,9 @@ def output_head(params: Params, config: ModelConfig) -> Array:
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """Next-token logits, float32 [..., V]; for a few positions at a time: given tokens are scored by the kernel."""
     product = "...d,vd->...v" if config.tied_head else "...d,dv->...v"
-    return jnp.einsum(product, hidden, output_head(params, config), preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None  # as the kernel: a TPU would round
+    head = output_head(params, config)
+    return jnp.einsum(product, hidden, head, precision=precision, preferred_element_type=jnp.float32)
 
 
 def positions_from_lengths(lengths_B: Array, T: int) -> Array:
