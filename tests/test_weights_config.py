@@ -194,6 +194,17 @@ def test_what_is_written_reads_back(tmp_path, model):
     ]
 
 
+def test_rope_for_each_kind_of_layer_is_refused(tmp_path):
+    """Read as if it were one for all, it would have no type, and be the plain one."""
+    nested = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}
+    with pytest.raises(InputError, match="rope of 'full_attention' alone"):
+        written(tmp_path, TINY | {"rope_parameters": nested})
+
+
+def test_a_rope_theta_of_null_leaves_the_one_beside_it(tmp_path):
+    assert written(tmp_path, TINY | {"rope_theta": 1e6, "rope_parameters": {"rope_theta": None}}).rope_theta == 1e6
+
+
 def test_yarn_factor_on_cos_and_sin_is_written_only_when_given():
     """transformers takes an attention_factor of 0 at its word, and computes 0.1 ln(factor) + 1 where there is none."""
     for given, expected in [(0.0, {}), (1.5, {"attention_factor": 1.5})]:

@@ -103,6 +103,10 @@ def _refuse_unknown(values: dict, file: Path) -> None:
 def _read_rope(values: dict, file: Path) -> tuple[float, RopeScaling]:
     """rope_theta and scaling from rope_scaling (transformers 4) or rope_parameters (5)."""
     rope = _get(values, file, "rope_scaling", dict, {}) or _get(values, file, "rope_parameters", dict, {})
+    nested = sorted(key for key, value in rope.items() if isinstance(value, dict))
+    if nested:
+        raise InputError(f"{file}: rope of {nested[0]!r} alone, the decoder has one rope only: choose another model")
+    rope = {key: value for key, value in rope.items() if value is not None}
     _refuse_unknown(rope, file)
     theta = _get({"rope_theta": values.get("rope_theta")} | rope, file, "rope_theta", float, 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -113,7 +117,7 @@ def _read_rope(values: dict, file: Path) -> tuple[float, RopeScaling]:
             f"{file}: rope type {kind!r}: the decoder has default, {', '.join(ROPE)}; choose another model"
         )
     context = values.get("max_position_embeddings")
-    rope = {"original_max_position_embeddings": context} | {k: v for k, v in rope.items() if v is not None}
+    rope = {"original_max_position_embeddings": context} | rope
     scales = [_get(rope, file, key, float, 0.0) for key in ("mscale", "mscale_all_dim")]
     if all(scales):  # DeepSeek's way to give the factor on cos and sin
         factor = _get(rope, file, "factor", float)
