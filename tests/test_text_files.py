@@ -47,6 +47,12 @@ def test_text_file_is_one_record(tmp_path):
     assert [fields_of(file, raw, ("text",)) for _, _, raw in scan(file)] == [{"text": "one\r\ntwo\n日"}]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    file = open_file(str(tmp_path / "a.txt"), ("text",))
+    assert [fields_of(file, raw, ("text",)) for _, _, raw in scan(file)] == [{"text": "one"}]
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_lines_as_others_write_them(tmp_path, pack):
     """A byte-order mark, CRLF, blank lines and no newline at the end are no fault; numbers count every line."""
@@ -66,6 +72,8 @@ def test_patterns_keep_their_order_and_name_no_file_twice(tmp_path):
     a, b, c, d = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c[1].jsonl", "deep/d.jsonl"))
     assert matching_files((b, str(tmp_path / "*.jsonl"))) == [b, a, c]
     assert matching_files((c, str(tmp_path / "**" / "d.jsonl"))) == [c, d]
+    (tmp_path / "link.jsonl").symlink_to(a)
+    assert matching_files((a, str(tmp_path / "deep" / ".." / "a.jsonl"), str(tmp_path / "link.jsonl"), b)) == [a, b]
 
 
 def test_patterns_without_files(tmp_path):

@@ -58,7 +58,8 @@ def matching_files(patterns: tuple[str, ...], setting: str = "corpus.files") -> 
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"{setting}: {path} is a folder; name the files in it, for example {path}/*.jsonl")
-    return list(dict.fromkeys(paths))
+    by_file = {os.path.realpath(path): path for path in reversed(paths)}  # the first way to name each
+    return [path for path in dict.fromkeys(paths) if by_file[os.path.realpath(path)] == path]
 
 
 def _found(pattern: str) -> list[str]:
@@ -142,7 +143,7 @@ def fields_of(file: TextFile, raw: Any, fields: tuple[str, ...]) -> Any:
     That is wrong JSON or UTF-8, and a value of Parquet that Python has no like of, such as a date in the year 90000.
     """
     if file.kind == "text":
-        return {"text": raw.decode()}
+        return {"text": raw.removeprefix(BYTE_ORDER_MARK).decode()}
     if file.kind == "parquet":
         try:
             return {field: file.content.column(field)[raw].as_py() for field in fields}
