@@ -287,6 +287,11 @@ def test_what_does_not_belong_together_is_named(monkeypatch):
         judge.check_questions(sharing, are_questions=True)
     with pytest.raises(InputError, match="prompt.template=v0 asks for the next token"):
         judge.check_questions(dataclasses.replace(asked, prompt=PromptConfig()), are_questions=True)
+    with pytest.raises(InputError, match="prompt.template=question asks for the answer of a question"):
+        judge.check_questions(Config(prompt=PromptConfig(template="question")), are_questions=False)
+    long = dataclasses.replace(asked, prompt=PromptConfig(template="question", truth_bytes=1025))
+    with pytest.raises(InputError, match="prompt.truth_bytes=1025 with questions.*use 1024 or less"):
+        judge.check_questions(long, are_questions=True)
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'rpt_jax\[questions\]'"):
         judge.check_questions(asked, are_questions=True)

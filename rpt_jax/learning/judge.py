@@ -59,6 +59,11 @@ def check_questions(config: Config, are_questions: bool) -> None:
         )
     if are_questions:
         check_ready(config.prompt)
+    elif config.prompt.template == "question":
+        raise InputError(
+            "prompt.template=question asks for the answer of a question: for positions of text use v0 to v6, bare, or "
+            "a file of your own"
+        )
 
 
 def check_ready(prompt: PromptConfig) -> None:
@@ -67,6 +72,11 @@ def check_ready(prompt: PromptConfig) -> None:
         raise InputError(
             f"prompt.template={prompt.template} asks for the next token of a text: for questions use "
             "--prompt.template question, bare, or a file of your own"
+        )
+    if prompt.truth_bytes > LONGEST:
+        raise InputError(
+            f"prompt.truth_bytes={prompt.truth_bytes} with questions: an answer of more than {LONGEST} bytes is never "
+            f"right, use {LONGEST} or less"
         )
     if importlib.util.find_spec("math_verify") is None:
         raise InputError(
@@ -96,7 +106,7 @@ def verdicts(judge: Judge, references: Sequence[str], answers: Sequence[Sequence
     """WRONG, RIGHT, TIMED_OUT or CRASHED for each answer, int8 [N, G].
 
     references: N texts; answers: N rows of G contents of a box, None for no answer, which is WRONG. A pair that occurs
-    several times is judged once. White space around an answer and a full stop behind it count for nothing; one longer
+    several times is judged once. White space around both and a full stop behind them count for nothing; one longer
     than LONGEST bytes, or no UTF-8 text, is WRONG.
 
     Raises RuntimeError where a worker cannot start; what it said is on stderr.
@@ -104,7 +114,7 @@ def verdicts(judge: Judge, references: Sequence[str], answers: Sequence[Sequence
     codes_NG = np.full((len(answers), len(answers[0]) if len(answers) else 0), WRONG, np.int8)
     places: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for n, g in np.ndindex(*codes_NG.shape):
-        reference, answer = references[n].strip(), readable(answers[n][g])
+        reference, answer = stripped(references[n]), readable(answers[n][g])
         code = at_once(reference, answer)
         if code is None:
             places.setdefault((reference, answer), []).append((n, g))
@@ -131,9 +141,14 @@ def readable(answer: bytes | None) -> str | None:
     if answer is None or len(answer) > LONGEST or b"\0" in answer:
         return None
     try:
-        return answer.decode().strip().removesuffix(".").rstrip() or None
+        return stripped(answer.decode()) or None
     except UnicodeDecodeError:
         return None
+
+
+def stripped(text: str) -> str:
+    """Without white space around it and a full stop behind it."""
+    return text.strip().removesuffix(".").rstrip()
 
 
 def at_once(reference: str, answer: str | None) -> int | None:
