@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
+import numpy.typing
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -25,8 +26,8 @@ OF_INPUT, OF_THE_MACHINE = b"\1", b"\2"  # what a process failed with, before it
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")  # of what JAX raises, no matter how the other hosts do
 
 
-class FailedElsewhere(InputError):
-    """Another process cannot go on, and not for its input: files may be whole that it could not read."""
+class HostTrouble(InputError):
+    """A host cannot go on, and not for the input: files may be whole that it does not see or could not read."""
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:
@@ -53,7 +54,14 @@ def of_first(array: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1 or not array.size:
         return array
     sent = multihost_utils.broadcast_one_to_all(np.frombuffer(array.tobytes(), np.uint8))  # JAX would cut float64
-    return np.frombuffer(np.asarray(sent).tobytes(), array.dtype).reshape(array.shape)
+    return np.frombuffer(np.asarray(sent).tobytes(), array.dtype).reshape(array.shape).copy()
+
+
+def found_by_first(find: Callable[[], np.typing.ArrayLike], like: np.ndarray) -> np.ndarray:
+    """What process 0 finds, in all processes; it has the shape and dtype of `like`. What it raises ends all."""
+    with together():
+        found = np.asarray(find(), like.dtype) if jax.process_index() == 0 else like
+    return of_first(found)
 
 
 def in_first_process(act: Callable[[], None]) -> None:
@@ -68,7 +76,7 @@ def together() -> Iterator[None]:
     """What a process raises inside ends all of them, so that none waits for it in vain. A collective at the end.
 
     Inside there must be no collective. Who raised raises that again, the others InputError with the first one's words,
-    or FailedElsewhere where that one raised something else than InputError.
+    or HostTrouble where that one raised this, or something else than InputError.
     """
     if jax.process_count() == 1:
         yield
@@ -77,15 +85,16 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # goes on below, in every process
-        kind = OF_INPUT if isinstance(error, InputError) else OF_THE_MACHINE
-        raised, said = error, (kind + (str(error) or type(error).__name__).encode())[:LONGEST_ERROR]
+        is_of_input = isinstance(error, InputError) and not isinstance(error, HostTrouble)
+        words = (str(error) or type(error).__name__).encode(errors="replace")
+        raised, said = error, ((OF_INPUT if is_of_input else OF_THE_MACHINE) + words)[:LONGEST_ERROR]
     line = np.frombuffer(said.ljust(LONGEST_ERROR, b"\0"), np.uint8)
     every = [each.tobytes().rstrip(b"\0") for each in multihost_utils.process_allgather(line)]
     if raised is not None:
         raise raised
     for process, text in enumerate(every):
         if text:
-            kind = InputError if text[:1] == OF_INPUT else FailedElsewhere
+            kind = InputError if text[:1] == OF_INPUT else HostTrouble
             raise kind(f"process {process}: {text[1:].decode(errors='replace')}")
 
 

@@ -238,12 +238,14 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
         judge.check_ready(config.prompt)
         questions = open_questions(config.questions, config.prompt, tokenizer, config.seed)
         texts = identity.digest_of_texts(questions.documents)
-        require_agreement({"set of questions to evaluate": repr((texts, questions.answers))})
+        agreed = {"set of questions to evaluate": repr((texts, questions.answers)), "template": repr(policy[2])}
+        require_agreement(agreed)
         return lambda params: evaluate_questions(params, *policy, questions, limits=config.questions, **shared)
     annotated = open_annotated(config.evaluate.annotated, tokenizer)
     splits, banned = difficulty_splits(annotated, config.positions), marks(tokenizer)
     columns = ((split.documents, split.indices, split.entropies, split.lengths) for split in splits.values())
-    require_agreement({"set of positions to evaluate": identity.digest(chain.from_iterable(columns))})
+    positions = identity.digest(chain.from_iterable(columns))
+    require_agreement({"set of positions to evaluate": positions, "template": repr(policy[2])})
     require_fitting(policy[2], config.positions.target)
     for split in splits.values():
         require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)

@@ -54,7 +54,7 @@ def test_who_raises_keeps_the_error_and_the_other_gets_its_words(of_two):
     with pytest.raises(InputError, match="process 0: no file träume.jsonl"), agreement.together():
         pass
     of_two(0, other=agreement.OF_THE_MACHINE + b"disk full")
-    with pytest.raises(agreement.FailedElsewhere, match="process 1: disk full"), agreement.together():
+    with pytest.raises(agreement.HostTrouble, match="process 1: disk full"), agreement.together():
         pass
     with pytest.raises(Missing), agreement.together():  # both: each its own
         fail()
@@ -70,7 +70,13 @@ def test_an_error_without_words_or_with_too_many_is_told_too(of_two):
         pass
 
 
-@pytest.mark.parametrize(("error", "kind"), [(InputError("bad"), InputError), (OSError("bad"), agreement.FailedElsewhere)])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (InputError("bad"), InputError),
+        *((kind("bad"), agreement.HostTrouble) for kind in (OSError, agreement.HostTrouble)),
+    ],
+)
 def test_the_others_know_whether_it_was_the_input(of_two, monkeypatch, error, kind):
     of_two(0)
     gather, said = agreement.multihost_utils.process_allgather, []

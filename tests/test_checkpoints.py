@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from rpt_jax.agreement import FailedElsewhere
+from rpt_jax.agreement import HostTrouble
 from rpt_jax.config import CheckpointConfig, MeshConfig, UpdateConfig
 from rpt_jax.learning import checkpoints
 from rpt_jax.learning.update import TrainState, init_state, make_optimizer
@@ -171,12 +171,12 @@ def test_a_checkpoint_that_another_host_could_not_open_stays(tmp_path, monkeypat
     @contextlib.contextmanager
     def elsewhere():
         yield
-        raise FailedElsewhere("process 1: Permission denied")
+        raise HostTrouble("process 1: Permission denied")
 
     previous = CheckpointConfig(on_damaged="previous")
     monkeypatch.setattr(checkpoints, "newest_step", lambda folder: 4)
     monkeypatch.setattr(checkpoints, "together", elsewhere)
-    with pytest.raises(FailedElsewhere):
+    with pytest.raises(HostTrouble):
         checkpoints.restore_newest(tmp_path, state_on(None), previous)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
 

@@ -13,7 +13,7 @@ from test_checkpoints import assert_same, damage
 
 from rpt_jax.config import MeshConfig
 from rpt_jax.corpus.tokenizer import train_sentencepiece
-from rpt_jax.learning import policy_folder
+from rpt_jax.learning import policy_folder, run_folder
 from rpt_jax.mesh import make_mesh, param_shardings
 from rpt_jax.policy import decoder
 from rpt_jax.records import InputError
@@ -90,6 +90,14 @@ def test_a_tokenizer_of_another_vocabulary_is_named_with_both_numbers(folder, tm
     small = dataclasses.replace(small, vocab_size=20)
     with pytest.raises(InputError, match="the tokenizer has 24 ids and the model's vocabulary 20"):
         policy_folder.save_policy(tmp_path / "new", small, {}, toy.tokenizer(), {})
+
+
+def test_a_run_says_which_tokenizer_it_has(tmp_path):
+    config = toy.config(tmp_path / "run", model=toy.model())
+    with run_folder.open_run(config, toy.tokenizer(), None, {"tokenizer": "of another"}):
+        pass
+    with pytest.raises(InputError, match="this tokenizer has 24 ids .* fingerprint of another.: use that one"):
+        policy_folder.load_policy(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ was damaged but still reads.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -19,15 +20,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from rpt_jax.agreement import FailedElsewhere, in_first_process, of_first, together
+from rpt_jax.agreement import HostTrouble, found_by_first, in_first_process, of_first, together
 from rpt_jax.config import CheckpointConfig, Config
 from rpt_jax.learning.update import TrainState
 from rpt_jax.policy.fingerprint import fingerprint
 from rpt_jax.records import InputError, Params
 
 log = logging.getLogger(__name__)
+MARK = ".seen_by_all."  # how the names of files begin by which hosts see that they share a folder
 SEEN_SECONDS = 10  # in which a shared folder shows on all hosts what one has written
 Manager = ocp.CheckpointManager
 # Raised as they are, also by policy_folder.py: memory, access or another host failed, which says nothing of the files.
@@ -36,11 +37,12 @@ NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError, Co
 
 def newest_step(folder: str | Path) -> int | None:
     """The step of the newest whole checkpoint in a folder, None where there is none; process 0 looks for all."""
-    with together():
-        is_there = jax.process_index() == 0 and epath.Path(folder).is_dir()
-        steps = ocp.utils.checkpoint_steps(folder) if is_there else []
-    newest = int(of_first(np.array(max(steps, default=-1))))
-    return None if newest < 0 else newest
+
+    def newest():
+        return max(ocp.utils.checkpoint_steps(folder) if epath.Path(folder).is_dir() else [], default=-1)
+
+    step = int(found_by_first(newest, np.array(-1)))
+    return None if step < 0 else step
 
 
 def require_shared(folder: str | Path) -> None:
@@ -50,10 +52,12 @@ def require_shared(folder: str | Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    mark = epath.Path(folder) / f".seen_by_all.{of_first(np.frombuffer(os.urandom(8), np.uint8)).tobytes().hex()}"
+    mark = epath.Path(folder) / f"{MARK}{of_first(np.frombuffer(os.urandom(8), np.uint8)).tobytes().hex()}"
 
     def write():
         mark.parent.mkdir(parents=True, exist_ok=True)
+        for left in mark.parent.glob(f"{MARK}*"):  # by a start that was killed
+            left.unlink(missing_ok=True)
         mark.write_text("")
 
     in_first_process(write)
@@ -62,14 +66,15 @@ def require_shared(folder: str | Path) -> None:
             _await(mark)
     finally:
         if jax.process_index() == 0:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one that stays does no harm
+                mark.unlink(missing_ok=True)
 
 
 def _await(mark: epath.Path) -> None:
-    for _ in range(SEEN_SECONDS):
+    for second in range(SEEN_SECONDS + 1):
+        time.sleep(min(second, 1))
         if mark.exists():
             return
-        time.sleep(1)
     raise InputError(
         f"host {socket.gethostname()!r} does not see what process 0 writes to {mark.parent}: name a folder that all "
         "hosts share, --checkpoint.folder gs://BUCKET/FOLDER or on a shared disk"
@@ -151,32 +156,30 @@ def _rest(state: TrainState) -> dict:
 def restore_newest(folder: str | Path, like: TrainState, config: CheckpointConfig) -> tuple[TrainState, dict, int]:
     """(state, host, step) of the newest whole checkpoint, see restore.
 
-    With config.on_damaged="previous" a damaged one gets the ending .damaged and the one before it is read, if any.
+    With config.on_damaged="previous" a damaged one gets the ending .damaged and the one before it is read, if any. One
+    that a host does not see, or cannot read, is not called damaged.
     """
     while True:
         step = newest_step(folder)
         with contextlib.closing(open_checkpoints(folder, config.keep, read_only=True)) as manager:
             try:
                 return *restore(manager, like, step), step
-            except FailedElsewhere:
+            except HostTrouble:
                 raise
             except InputError as error:
-                if config.on_damaged == "stop" or len(manager.all_steps()) < 2:
+                if config.on_damaged == "stop" or of_first(np.array(len(manager.all_steps()) < 2)):
                     raise
                 log.warning("%s; going on from the one before", error)
-        if jax.process_index() == 0:
-            there = epath.Path(folder) / str(step)
-            there.rename(there.with_name(f"{step}.damaged"))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        there = epath.Path(folder) / str(step)
+        in_first_process(functools.partial(there.rename, there.with_name(f"{step}.damaged")))
 
 
 def newest_params(folder: str | Path, like: Params) -> Params | None:
     """The parameters of the newest whole checkpoint, laid out as `like`; None where there is none. See restore."""
-    step = newest_step(folder)  # of all processes: the run may still be saving
-    if step is None:
+    if newest_step(folder) is None:
         return None
     with contextlib.closing(open_checkpoints(folder, 0, read_only=True)) as manager:
+        step = int(of_first(np.array(manager.latest_step())))  # the run may be saving
         items = ocp.args.Composite(params=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
         found, _ = _restore(manager, step, items)
         return found.params
@@ -192,9 +195,8 @@ def _restore(manager, step, items):
     with together():
         folder, there = manager.directory / str(step), sorted(manager.all_steps())
         if step not in there:
-            raise InputError(
-                f"no checkpoint {folder}; whole ones in {folder.parent}: {', '.join(map(str, there)) or 'none'}"
-            )
+            kind = HostTrouble if jax.process_count() > 1 else InputError  # another host may see it already
+            raise kind(f"no checkpoint {folder}; whole ones in {folder.parent}: {', '.join(map(str, there)) or 'none'}")
         try:
             found = manager.restore(step, args=items)
         except NOT_OF_THE_FILES:

@@ -6,6 +6,7 @@ agreement.require_agreement.
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rpt_jax.learning import run_folder
 from rpt_jax.learning.collect import Source
 from rpt_jax.mesh import start_distributed
 from rpt_jax.policy.fingerprint import fingerprint
-from rpt_jax.records import Params
+from rpt_jax.records import InputError, Params
 
 
 def start_together(config) -> None:
@@ -35,12 +36,17 @@ def require_same_settings(config) -> None:
     """Raises InputError where processes have other settings, code or devices than process 0. A collective."""
     if jax.process_count() == 1:
         return
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:  # known to all, and the collective below would fail for it
+        numbers = ", ".join(f"{devices[process]} in process {process}" for process in sorted(devices))
+        raise InputError(f"processes have different numbers of devices ({numbers}): give all the same")
     code = run_folder.provenance()
     require_agreement(
         {
             "set of settings": repr(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, process=-1))),
-            "version of rpt_jax or its packages": repr((code["commit"], code["changed_since_commit"], code["versions"])),
-            "number of devices": str(jax.local_device_count()),
+            "version of rpt_jax or its packages": repr(
+                (code["commit"], code["changed_since_commit"], code["versions"])
+            ),
         }
     )
 

@@ -6,6 +6,7 @@ every device reads its own part. A run folder can be read as a policy, too: its 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 import uuid
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from rpt_jax.agreement import require_agreement
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.config_dict import from_dict, to_dict
 from rpt_jax.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -93,17 +95,24 @@ def load_policy(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Pa
     """(model, params, tokenizer) of a policy folder, or of the newest checkpoint of a run folder.
 
     With a mesh the parameters lie on it by decoder.logical_axes, otherwise on the first device. Raises InputError
-    naming what is missing, damaged, or does not fit together.
+    naming what is missing, damaged, does not fit together, or differs between hosts. Of several processes all call.
     """
     folder = Path(folder)
     if (folder / "policy.json").is_file():
-        return _load_folder(folder, mesh)
-    if (folder / "config.json").is_file() and "config" in read_object(folder / "config.json"):
-        return _load_run(folder, mesh)
-    raise InputError(
-        f"no policy in {str(folder)!r}: give a folder with policy.json (`rpt pretrain` makes one, and "
-        "`rpt convert hf-to-orbax` of published weights) or the folder of a run that has saved a checkpoint"
-    )
+        load, description = _load_folder, folder / "policy.json"
+    elif (folder / "config.json").is_file() and "config" in read_object(folder / "config.json"):
+        load, description = _load_run, folder / "config.json"
+    else:
+        raise InputError(
+            f"no policy in {str(folder)!r}: give a folder with policy.json (`rpt pretrain` makes one, and "
+            "`rpt convert hf-to-orbax` of published weights) or the folder of a run that has saved a checkpoint"
+        )
+    model, tokenizer, params = load(folder, mesh)
+    if jax.process_count() > 1:  # Orbax's parameters are read from one place, which all see
+        arrays = folder / "params.npz"
+        content = description.read_bytes() + (arrays.read_bytes() if arrays.is_file() else b"")
+        require_agreement({"policy": hashlib.blake2b(content).hexdigest(), "tokenizer": tokenizer.fingerprint})
+    return model, params(), tokenizer
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, where: str) -> None:
@@ -125,6 +134,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, fingerprint: str, whe
 
 
 def _load_folder(folder, mesh):
+    """(model, tokenizer, a function that reads the parameters)."""
     path = folder / "policy.json"
     content = read_object(path, "format", "model", "stored", "tokenizer")
     if content["format"] != FORMAT:
@@ -139,22 +149,34 @@ def _load_folder(folder, mesh):
     made_with = [content["tokenizer"].get(name) for name in ("vocab_size", "fingerprint")]
     check_tokenizer(tokenizer, *made_with, where=str(folder / "tokenizer"))
     check_vocabulary(model, tokenizer, str(folder))
-    if content["stored"] == "orbax":
-        return model, _restore_params(folder / "params", _abstract_params(model, mesh)), tokenizer
-    return model, _laid_out(_read_arrays(folder / "params.npz", model, content["stored"]), model, mesh), tokenizer
+
+    def params() -> Params:
+        if content["stored"] == "orbax":
+            return _restore_params(folder / "params", _abstract_params(model, mesh))
+        return _laid_out(_read_arrays(folder / "params.npz", model, content["stored"]), model, mesh)
+
+    return model, tokenizer, params
 
 
 def _load_run(folder, mesh):
-    config = from_dict(Config, read_object(folder / "config.json", "config")["config"], f"{folder}/config.json: config")
+    """As _load_folder, of a run."""
+    content = read_object(folder / "config.json", "config")
+    config = from_dict(Config, content["config"], f"{folder}/config.json: config")
     require_in_range(config, f"{folder}/config.json: config")
     config.model.check()
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer, identity = load_tokenizer(folder / "tokenizer"), content.get("identity")
+    if isinstance(identity, dict) and "tokenizer" in identity:
+        check_tokenizer(tokenizer, config.model.vocab_size, identity["tokenizer"], where=str(folder / "tokenizer"))
     check_vocabulary(config.model, tokenizer, str(folder))
     saved = checkpoints.folder_of(dataclasses.replace(config, run_folder=str(folder)))
-    params = checkpoints.newest_params(saved, _abstract_params(config.model, mesh))
-    if params is None:
-        raise InputError(f"{folder} has saved no whole checkpoint yet: run it on, or use its starting policy")
-    return config.model, params, tokenizer
+
+    def params() -> Params:
+        found = checkpoints.newest_params(saved, _abstract_params(config.model, mesh))
+        if found is None:
+            raise InputError(f"{folder} has saved no whole checkpoint yet: run it on, or use its starting policy")
+        return found
+
+    return config.model, tokenizer, params
 
 
 def _restore_params(path, like):

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax import compilation, host_memory, preemption
-from rpt_jax.agreement import of_first, require_agreement, together
+from rpt_jax.agreement import found_by_first, require_agreement
 from rpt_jax.config import Config, ModelConfig
 from rpt_jax.corpus import curriculum
 from rpt_jax.corpus.positions import AnnotatedDocuments, Position, Positions
@@ -225,10 +225,8 @@ def _continued(
             f"checkpoint {checkpoints.folder_of(config) / str(start)} does not say where the run stood "
             f"({type(error).__name__}: {error}): it is damaged, start the run anew"
         ) from error
-    if spent is None:
-        with together():  # the rows may be with process 0 alone
-            spent = flops_spent(Path(config.run_folder), start) if jax.process_index() == 0 else 0.0
-        spent = float(of_first(np.array(spent)))
+    if spent is None:  # the rows may be with process 0 alone
+        spent = float(found_by_first(lambda: flops_spent(Path(config.run_folder), start), np.array(0.0)))
     return queue, spent
 
 

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.agreement import in_first_process, of_first, together
+from rpt_jax.agreement import found_by_first, in_first_process
 from rpt_jax.config import ModelConfig, PositionConfig
+from rpt_jax.config_dict import to_dict
 from rpt_jax.corpus.documents import Documents
 from rpt_jax.corpus.positions import (
     Annotated,
@@ -111,12 +112,13 @@ def annotate(
     header = make_header(tokenizer, config, proxy) | made_by | size
     in_first_process(lambda: write_header(folder, header))
     parts = np.arange(-(-total // part_documents))
-    is_written_P = np.zeros(len(parts), bool)
-    with together():  # the folder is that of process 0
-        if jax.process_index() == 0:
-            is_written_P = np.isin(parts, written_parts(folder))
-            _check_written(folder, np.flatnonzero(is_written_P), documents, part_documents)
-    is_written_P = of_first(is_written_P)
+
+    def written() -> np.ndarray:
+        there = written_parts(folder)
+        _check_written(folder, there, documents, part_documents)
+        return np.isin(parts, there)
+
+    is_written = found_by_first(written, np.zeros(len(parts), bool))  # in the folder of process 0
     report = progress or (lambda done, total: None)
     settings = model, config.top_candidates, config.renormalise, tuple(banned_ids), token_chunk
 
@@ -126,7 +128,7 @@ def annotate(
 
     for part, start in enumerate(range(0, total, part_documents)):
         stop = min(start + part_documents, total)
-        if not is_written_P[part]:
+        if not is_written[part]:
             kept = [_unpredicted(*documents[i], model.vocab_size) for i in range(start, stop)]
             _fill(kept, run, config, mesh, lambda done, start=start: report(start + done, total))
             in_first_process(functools.partial(write_annotated, folder, part, kept))
@@ -255,7 +257,7 @@ def _check(model: ModelConfig, tokenizer: Tokenizer, config: PositionConfig, ban
 
 def _check_written(folder: str | Path, written: Sequence[int], documents: Source, part_documents: int) -> None:
     """Compares all documents of the parts that are there with the source's; the header vouches for their number."""
-    if not len(written):
+    if not written:
         return
     there, places = iter(open_annotated(folder)), range(len(documents))
     for part in written:

@@ -139,9 +139,9 @@ def run(config: ChoicesRun) -> dict:
         template_of(config.prompt)
     if not config.policy:
         raise InputError("no policy named: give a policy folder or the folder of a run, `rpt choices FOLDER`")
+    identity.start_together(config)
     every, skipped = read_questions(config.files, config.format, config.category, config.on_bad_record)
     questions = choose(every, config.per_category, config.seed)
-    identity.start_together(config)
     require_agreement({"set of questions": repr(questions)})
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.batch_size, mesh, "questions (batch_size)")
