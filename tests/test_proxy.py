@@ -206,6 +206,7 @@ def test_other_proxies_settings_and_documents_do_not_mix(tmp_path):
     shorter = [DOCUMENTS[0], DOCUMENTS[1], (14, "a:2", DOCUMENTS[2][2][:-1]), *DOCUMENTS[3:]]
     for options, message in (
         ({"params": other}, "begun with parameters="),
+        ({"model": dataclasses.replace(MODEL, rope_theta=9999.0)}, "begun with model="),
         ({"proxy": "late"}, "begun with proxy='base'"),
         ({"banned_ids": (3,)}, "begun with banned_ids="),
         ({"config": dataclasses.replace(CONFIG, window=30)}, "begun with window=14"),

@@ -107,7 +107,9 @@ def annotate(
     # Over 40 lines for its arguments and what they mean; the work is done by what it calls.
     _check(model, tokenizer, config, banned_ids)
     total = len(documents)
-    made_by = {"parameters": fingerprint(params), "window": config.window, "banned_ids": sorted(banned_ids)}
+    architecture = {name: value for name, value in to_dict(model).items() if name not in ("remat", "context")}
+    made_by = {"parameters": fingerprint(params), "model": architecture}
+    made_by |= {"window": config.window, "banned_ids": sorted(banned_ids)}
     size = {"documents": total, "part_documents": part_documents}
     header = make_header(tokenizer, config, proxy) | made_by | size
     in_first_process(lambda: write_header(folder, header))
