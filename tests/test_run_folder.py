@@ -54,6 +54,15 @@ def test_config_comes_first_and_tells_how_to_repeat_the_run(config, tmp_path):
     assert written["identity"] == IDENTITY
 
 
+def test_a_new_run_keeps_no_tokenizer_of_the_one_before(config, tmp_path):
+    """Of several files in the folder one counts, and that could be the older one's."""
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("of another run")
+    with opened(config):
+        there = sorted(path.name for path in (tmp_path / "run" / "tokenizer").iterdir())
+    assert there == ["tokenizer.model"]
+
+
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(InputError, match=f"no run in '{tmp_path}'"):
         run_folder.read_config(tmp_path)

@@ -79,6 +79,8 @@ def open_run(config: Config, tokenizer: Tokenizer, start: int | None, identity: 
     run_id = run_id or uuid.uuid4().hex[:8]
     described = {"config": to_dict(config), "identity": identity, "id": run_id} | provenance()
     write_json(path, described)
+    if start is None:  # another run may have left files of its tokenizer, which would count
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     tokenizer.save(folder / "tokenizer")
     (folder / "results.json").unlink(missing_ok=True)
     for stream in STREAMS:
