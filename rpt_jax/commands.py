@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax import mesh as meshes
@@ -32,7 +33,13 @@ from rpt_jax.config import (
 )
 from rpt_jax.config_dict import to_dict
 from rpt_jax.corpus.documents import Corpus, open_corpus
-from rpt_jax.corpus.positions import DIFFICULTIES, all_positions, difficulty_splits, open_annotated
+from rpt_jax.corpus.positions import (
+    DIFFICULTIES,
+    AnnotatedDocuments,
+    all_positions,
+    difficulty_splits,
+    open_annotated,
+)
 from rpt_jax.corpus.questions import open_questions
 from rpt_jax.corpus.segments import require_room
 from rpt_jax.corpus.templates import load_template, require_fitting
@@ -214,7 +221,22 @@ def held_out_evaluation(inputs: Inputs) -> train.Evaluate:
     model, _, tokenizer = inputs.policy
     meshes.check_batch_divides(inputs.config.evaluate.batch_size, inputs.mesh, "positions (evaluate.batch_size)")
     evaluation = _evaluation(part_of(EvaluateRun, inputs.config), model, tokenizer, inputs.mesh)
+    if inputs.config.evaluate.annotated and isinstance(inputs.annotated, AnnotatedDocuments):
+        _warn_of_common_documents(inputs, open_annotated(inputs.config.evaluate.annotated, tokenizer))
     return lambda params, step: evaluation(params)
+
+
+def _warn_of_common_documents(inputs: Inputs, held_out: AnnotatedDocuments) -> None:
+    """Two annotations of a corpus, with other seeds, hold out other documents."""
+    numbers = np.intersect1d(inputs.positions.documents, sorted(held_out.record_of)).tolist()
+    ours, theirs = inputs.annotated.documents, held_out.documents
+    common = [number for number in numbers if np.array_equal(ours[number], theirs[number])]
+    if common:
+        log.warning(
+            "%d of %d held-out documents are trained on, too (the first is number %d): annotate both parts with one "
+            "--seed and one --corpus.holdout",
+            *(len(common), len(held_out), common[0]),
+        )
 
 
 def marks(tokenizer: Tokenizer) -> tuple[int, ...]:

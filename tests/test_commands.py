@@ -13,8 +13,11 @@ from rpt_jax import commands
 from rpt_jax.commands import AnnotateRun, EvaluateRun, PretrainRun
 from rpt_jax.config import Config, CorpusConfig, EvaluateConfig, MeshConfig, PositionConfig, PretrainConfig
 from rpt_jax.corpus.documents import open_corpus
+from rpt_jax.corpus.templates import load_template
 from rpt_jax.learning import run_folder
+from rpt_jax.learning.inputs import Inputs
 from rpt_jax.learning.policy_folder import load_policy, save_policy
+from rpt_jax.mesh import make_mesh
 from rpt_jax.records import InputError
 
 
@@ -104,6 +107,18 @@ def test_annotate_refuses_another_tokenizer(tmp_path):
     with pytest.raises(InputError, match="this tokenizer has 9 ids .* made with one of 24 ids"):
         commands.run_annotate(settings)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_held_out_documents_that_are_trained_on_are_told(tmp_path, caplog, shift):
+    """By number and tokens: documents of another corpus may have the same numbers."""
+    held_out = toy.annotate(tmp_path / "held_out", toy.TEXTS[shift:] + toy.TEXTS[:shift])
+    config = toy.config(tmp_path / "run", evaluate=EvaluateConfig(annotated=str(held_out), batch_size=8))
+    policy = toy.model(), toy.params(), toy.tokenizer()
+    inputs = Inputs(config, policy, toy.annotated(), toy.targets(), load_template("bare"), make_mesh(MeshConfig()))
+    commands.held_out_evaluation(inputs)
+    number = len(toy.TEXTS)
+    assert (f"{number} of {number} held-out documents are trained on, too" in caplog.text) == (shift == 0)
 
 
 def test_evaluate_says_what_is_missing(tmp_path):
