@@ -186,8 +186,8 @@ def test_without_a_share_nothing_changes(tmp_path):
     [
         ({"next_token_share": 1.0}, "next_token_share=1.0: use 0 .off. to below 1"),
         ({"next_token_share": -0.1}, "next_token_share=-0.1"),
-        ({"next_token_length": 1}, "next_token_length=1 tokens"),
-        ({"microbatches": 8}, "12 sequences, .* update.microbatches=8: use --update.next-token-sequences 16"),
+        ({"next_token_length": 1}, "next_token_length=1: use 2 or more"),
+        ({"microbatches": 8}, "12 sequences .* update.microbatches=8: use --update.next-token-sequences 16"),
     ],
 )
 def test_what_cannot_be_is_named(tmp_path, changes, message):

@@ -58,7 +58,7 @@ def test_updates_that_bfloat16_parameters_would_round_away_are_refused(tmp_path,
     config = dataclasses.replace(config, steps=1, update=dataclasses.replace(config.update, learning_rate=rate))
     params = jax.tree.map(lambda x: x.astype("bfloat16"), toy.params())
     policy = toy.model(param_dtype="bfloat16"), params, toy.tokenizer()
-    with pytest.raises(InputError, match="rounded away in all weights above 0.00051") if refused else nullcontext():
+    with pytest.raises(InputError, match="rounded away in all weights above") if refused else nullcontext():
         run(config, policy=policy)
 
 

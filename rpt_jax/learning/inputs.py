@@ -88,7 +88,7 @@ def check(source: Source, annotated: AnnotatedDocuments | Questions, positions: 
     if source.model.param_dtype == "bfloat16" and 0 < LOST_ABOVE * rate < USUAL_WEIGHT:
         raise InputError(
             f"model.param_dtype=bfloat16 with update.learning_rate={rate:g}: updates are rounded away in all weights "
-            f"above {LOST_ABOVE * rate:.2g}, which is most of them: leave parameters in float32; "
+            f"above about {LOST_ABOVE * rate:.2g}, which is most of them: leave parameters in float32; "
             "--model.dtype bfloat16 computes in bfloat16 all the same"
         )
     if config.sample.temperature == 0:
@@ -101,11 +101,13 @@ def check(source: Source, annotated: AnnotatedDocuments | Questions, positions: 
     for name in ("every", "keep"):
         if getattr(config.checkpoint, name) < 1:
             raise InputError(f"checkpoint.{name}={getattr(config.checkpoint, name)}: use 1 or more")
+    more = {"threshold": " with a lower --positions.threshold"}
+    more |= dict.fromkeys(("top_share", "random"), " with a higher --positions.share")
     if len(positions) < config.batch_size:
         raise InputError(
             f"{len(positions)} {'questions' if are_questions else 'positions'} are fewer than batch_size="
-            f"{config.batch_size} prompts a step: lower it, or "
-            f"{'give more' if are_questions else 'select more with a lower --positions.threshold'}"
+            f"{config.batch_size} prompts a step: lower it, or {'give' if are_questions else 'select'} more"
+            f"{more.get(config.positions.select, '') if not are_questions else ''}"
         )
     if config.reward.kind == "information_gain" and not positions.indices.all():
         raise InputError(

@@ -24,7 +24,7 @@ SHOWN = (
     ("mismatch", "mismatch_max", "{:.1e}"),
 )
 ALL_AGREE = (
-    "step {step}: the rollouts of every prompt earned the same, so advantages and loss are 0 and nothing was learnt; "
+    "step {step}: the rollouts of every prompt earned the same, so advantages are 0 and the rollouts taught nothing; "
     "format rate {format_rate:.2f}, accuracy {accuracy:.2f}"
 )
 

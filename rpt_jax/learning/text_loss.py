@@ -58,9 +58,11 @@ def check(config: Config, mesh: Mesh) -> None:
             f"update.next_token_share={share}: use 0 (off) to below 1; for next tokens alone there is `rpt pretrain`"
         )
     units = batch_parts(mesh) * config.update.microbatches
-    if share and (length < 2 or rows < 1 or rows % units):
+    if share and length < 2:
+        raise InputError(f"update.next_token_length={length}: use 2 or more, a token and what it is predicted from")
+    if share and (rows < 1 or rows % units):
         raise InputError(
-            f"update.next_token_length={length} tokens (2 or more) and {rows} sequences, which have to divide over "
+            f"update.next_token_sequences: {rows} sequences have to divide over "
             f"{batch_parts(mesh)} devices and update.microbatches={config.update.microbatches}: use "
             f"--update.next-token-sequences {max(1, -(-rows // units)) * units}"
         )

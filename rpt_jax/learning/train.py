@@ -57,6 +57,10 @@ from rpt_jax.records import InputError, Params
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[Params, int], dict]  # (params, updates made) -> figures that JSON can hold
+LOWER_RATE = (
+    "begin another run, with a lower --update.learning-rate and another --run-folder; it can start from the last "
+    "checkpoint of this one, --policy RUN_FOLDER"
+)
 EXIT = 128  # + number of the signal: exit status of a run that was told to stop
 
 
@@ -99,8 +103,9 @@ def train(
             the end; the params live during the call only.
         report: called with each row of metrics.jsonl; left out, a display on stderr.
 
-    Raises InputError before anything is compiled or written, FloatingPointError for a loss or gradient that is not
-    finite, with the last good checkpoint whole, and SystemExit after a SIGTERM or Ctrl-C, with all saved.
+    Raises InputError before anything is compiled or written (but for folders), FloatingPointError for a loss or
+    gradient that is not finite, with the last good checkpoint whole, and SystemExit after a SIGTERM or Ctrl-C, with all
+    saved.
     """
     # Longer than 40 lines: what is deleted on the way, to make room on the devices, no other frame may hold.
     model, params, tokenizer = policy
@@ -138,6 +143,7 @@ def train(
             source, windows = dataclasses.replace(source, judge=judging), text_loss.cut_for(config, annotated)
             run = Run(source, reference, windows, evaluate, show, record, manager, told)
             state = _loop(run, state, stream, queue, spent, start or 0)
+            manager.wait_until_finished()  # results.json stands beside the policy that it is about
             run_folder.write_results(record, config)
             run_folder.keep_copy(record, config)
             return state
@@ -275,7 +281,7 @@ def _update(run: Run, state: TrainState, groups: Groups, step: int) -> tuple[Tra
         steps=config.steps,
     )
     row = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    require_finite(row, step + 1)
+    require_finite(row, step + 1, LOWER_RATE)
     if state.average is not None:
         state = state.replace(average=moved_average(state.average, state.params, config.reward.ema_decay))
     row["prompt_tokens"] = int(groups.prompts.lengths_N.sum())  # a prompt whose group is split counts once

@@ -262,15 +262,15 @@ def moved_average(average: Params, params: Params, decay: Array | float) -> Para
     return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x.astype(jnp.float32), average, params)
 
 
-def require_finite(metrics: dict, step: int) -> None:
+def require_finite(metrics: dict, step: int, remedy: str = "use a lower learning rate") -> None:
     """Raises FloatingPointError for an update that apply_gradients refused; the state is still the last good one.
 
-    step: the number of that update, from 1.
+    step: the number of that update, from 1. remedy: what the message advises.
     """
     if not metrics["finite"]:
         raise FloatingPointError(
             f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['gradient_norm'])}; the update "
-            "was not made. Continue from the last checkpoint with a lower learning rate"
+            f"was not made: {remedy}"
         )
 
 
