@@ -249,9 +249,9 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class DynamicSamplingConfig:
-    """DAPO: groups that are all right or all wrong are dropped and others sampled in their place."""
+    """DAPO: groups whose rewards all agree are dropped and others sampled in their place."""
 
-    from_step: int = -1  # first step it acts in (paper: 500); -1: never
+    from_step: int = -1  # updates made before it acts (paper: 500); -1: never
     max_rounds: int = 4  # extra sampling rounds a step before the batch is filled with what there is
 
 

@@ -96,7 +96,7 @@ def _attend_of(
         at_once = max(1, splash.AT_ONCE // (2 * S * k_UTKC.shape[2] * C * k_UTKC.dtype.itemsize))
         gather = partial(splash.attend, interpret=implementation == "interpret")
 
-    # Many blocks see the tokens of a prompt: in float32, what comes back from all of them is added up in float32, too.
+    # Many blocks see the tokens of a prompt: what comes back from all of a list is added up in float32.
     wide = [a.astype(jnp.float32) for a in (k_UTKC, v_UTKC)]
 
     @partial(jax.checkpoint, prevent_cse=False)

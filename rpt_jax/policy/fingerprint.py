@@ -20,7 +20,7 @@ def _bit_sum(tree: Params) -> Array:
     for leaf in jax.tree.leaves(tree):
         width = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-        weights = jnp.ones(leaf.shape, jnp.uint32)  # odd, and another one for each entry
+        weights = jnp.ones(leaf.shape, jnp.uint32)  # odd, and another one for nearly every entry
         for axis in range(leaf.ndim):
             step = jnp.uint32((2654435761 * (2 * axis + 1) * 2) % 2**32)
             weights += step * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
