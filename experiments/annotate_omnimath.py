@@ -1,12 +1,14 @@
 """Annotates the whole of Omni-MATH in the vocabulary of Qwen2: does the position filter hold at 151,643 pieces?
 
-    python experiments/annotate_omnimath.py --data ../shared/data
+    python experiments/annotate_omnimath.py --data DATA
 
-What is tried is the machine and not the filter: the proxy is a decoder of one layer and width 32 after 40 steps on the
-same documents, so its entropies are those of a model that knows little more than how frequent tokens are. The bytes of
-every document are compared with what its annotated tokens spell. Goes on, part by part, where an earlier call stopped.
-Hardware: one CPU core. Time: 13 minutes. Writes the row of its seed to results/annotate_omnimath.csv (its seconds are
-those of the last call). Measured result: 2,821 documents, every byte the same; see LOG.md.
+DATA holds omni-math/omni_math_rule.jsonl (KbsdJames/omni-math-rule) and Qwen2's vocab.json and merges.txt in
+tokenizers/qwen2/. What is tried is the machine and not the filter: the proxy is a decoder of one layer and width 32
+after 40 steps on the same documents, so its entropies are those of a model that knows little more than how frequent
+tokens are. The bytes of every document are compared with what its annotated tokens spell. Goes on, part by part,
+where an earlier call stopped. Hardware: one CPU core. Time: 13 minutes. Writes the row of its seed to
+results/annotate_omnimath.csv (its seconds are those of the last call). Measured result: 2,821 documents, every byte
+the same; see LOG.md.
 """
 
 import json

@@ -1,13 +1,14 @@
 """The run of the paper: DeepSeek-R1-Distill-Qwen-14B on Omni-MATH [arXiv 2506.08007, section 3.3].
 
-    rpt convert hf-to-orbax DeepSeek-R1-Distill-Qwen-14B policies/r1_14b        the starting policy
-    rpt convert hf-to-orbax DeepSeek-R1-Distill-Qwen-1.5B policies/r1_1_5b      the proxy that finds hard positions
+    rpt convert hf-to-orbax deepseek-ai/DeepSeek-R1-Distill-Qwen-14B policies/r1_14b       the starting policy
+    rpt convert hf-to-orbax deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B policies/r1_1_5b     the proxy, same tokenizer
     rpt annotate experiments/omnimath_14b.py --policy policies/r1_1_5b
     rpt plan experiments/omnimath_14b.py --topology v5p:4x4x4        or v5e:16x16 --mesh.fsdp 32 --mesh.tensor 8
     rpt train experiments/omnimath_14b.py
 
-Hardware: one TPU slice, v5p:4x4x4 with the mesh below. Not run yet: nothing here is a result. What the paper leaves
-open is chosen below, each with its reason.
+Hardware: one TPU slice, v5p:4x4x4 with the mesh below; rpt annotate has that mesh, too, unless --mesh.data,
+--mesh.fsdp and --mesh.tensor say otherwise. data/omni_math.jsonl is the data set KbsdJames/Omni-MATH, a record a
+line. Not run yet: nothing here is a result. What the paper leaves open is chosen below, each with its reason.
 """
 
 from rpt_jax.config import (

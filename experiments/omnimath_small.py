@@ -1,7 +1,8 @@
 r"""RPT on real text that a laptop can hold: Omni-MATH and GSM8K, a decoder of 1.2 million parameters, two controls.
 
-    python experiments/omnimath_small.py --data ../shared/data
+    python experiments/omnimath_small.py --data DATA
 
+DATA holds omni-math/omni_math_rule.jsonl (KbsdJames/omni-math-rule) and gsm8k/train.jsonl (openai/grade-school-math).
 A stage that has left its folder behind in --folder is not run again; delete the folder to run it anew.
 omnimath_examples.py makes what the start and the controls learn from.
 

@@ -10,10 +10,10 @@ has, are the exam: 60 updates of 64 prompts, which is 15 epochs, at temperature 
 are tuned alike: the base; the base after next-token training on its own last mixture with the FLOPs of RPT; and the
 base after RPT.
 
-Each exam has 8 rollouts a question at 0.6 under the same noise, before and after. Policies come from the folders named
-(policy or run folders, {seed} in them is the seed), or are made as the quickstart makes them and kept under --runs;
-rows of results/question_tuning.csv that exist are skipped. Hardware: one CPU core. Time: about 10 minutes a seed
-(an update takes 2.9 seconds), more where the policies are made.
+Each exam has 8 rollouts a question at 0.6 under the same noise, before and after. Policies come from the folders
+named (policy or run folders, {seed} in them is the seed), or are made as the quickstart makes them and kept under
+--runs; rows of results/question_tuning.csv that exist are skipped. Hardware: one CPU core. Time: 23 to 39 minutes a
+seed, more where the policies are made.
 
 Measured result, % of held-out questions right before -> after, seeds 0 / 1 / 2: base 21.5 / 19.6 / 19.8 ->
 96.4 / 89.6 / 92.4; next-token training 20.1 / 19.8 / 19.4 -> 96.4 / 90.5 / 91.6;

@@ -1,6 +1,6 @@
 """RPT with DeepSeek-R1-Distill-Qwen-1.5B on a v5e:4x4: the paper's method at a size that 16 small chips hold.
 
-    rpt convert hf-to-orbax DeepSeek-R1-Distill-Qwen-1.5B policies/r1_1_5b
+    rpt convert hf-to-orbax deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B policies/r1_1_5b
     rpt annotate experiments/qwen_1_5b_v5e.py --policy policies/r1_1_5b
     rpt plan experiments/qwen_1_5b_v5e.py --topology v5e:4x4
     rpt train experiments/qwen_1_5b_v5e.py

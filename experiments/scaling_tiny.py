@@ -1,10 +1,11 @@
 """Does accuracy on hard tokens follow a law in RL compute? Three sizes x five budgets x three seeds, on a laptop.
 
-    .venv/bin/rpt sweep experiments/scaling_tiny.py --workers 2
-    .venv/bin/rpt fit experiments/results/scaling_tiny.csv
+    rpt sweep experiments/scaling_tiny.py --workers 2
+    rpt fit experiments/results/scaling_tiny.csv
 
-Hardware: two CPU cores. Time: 104 minutes, much of it with other work beside it. Writes results/scaling_tiny.csv, a row
-a cell; rows that exist are skipped, and what was broken off goes on. The second command draws scaling_tiny.png.
+Hardware: two CPU cores. Time: 105 minutes of runs, added up over the cells, much of it with other work beside them,
+20 of evaluation, and the nine bases. Writes results/scaling_tiny.csv, a row a cell; rows that exist are skipped, and
+what was broken off goes on. The second command draws scaling_tiny.png.
 
 Nine bases, one for each size and seed, are shared by their budgets; each budget is a run of its own from the base, with
 its own seed, and not a checkpoint of a longer run. Texts, filter and RPT are those of the quickstart, at twice its
@@ -18,10 +19,10 @@ Measured result, hard positions right (512 of them) at a budget of 12 / 24 / 48 
     96x4    55.6  73.8  85.6  89.9  90.2      rise 34.6 +- 5.9    P* .93 [.81, 1]
     128x4   64.1  85.5  93.7  95.7  96.0      rise 31.9 +- 1.6    P* .97 [.93, 1]
 
-(rise: last less first budget, with the standard error of two independent means). The law holds for hard positions of
-each size: better than a constant and than lines in C and log C, the left-out last budget included; R^2 .83, .80, .97
-over single runs, .995 or more over budgets' means. Intervals of A and alpha are wide (alpha .98 [.42, 2.2] at 64x4).
-No law is claimed for easy and medium positions, where thinking gains 1 to 3 points.
+(rise: last less first budget, with the standard error of two independent means). The law is not rejected for hard
+positions of each size: better than a constant and than lines in C and log C, the left-out last budget included; R^2
+.83, .80, .97 over single runs, .995 or more over budgets' means. Intervals of A and alpha are wide (alpha .99 [.42,
+2.2] at 64x4). No law is claimed for easy and medium positions, where thinking gains 1 to 3 points.
 """
 
 from dataclasses import replace

@@ -14,12 +14,17 @@ shift 2
 [ $# -gt 0 ] || { echo "tpu_vm.sh: no command: e.g. rpt train experiments/qwen_1_5b_v5e.py" >&2; exit 2; }
 on_all=(gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --command)
 
-archive=$(mktemp --suffix .tar.gz)
-trap 'rm -f "$archive"' EXIT
+place=$(mktemp -d) archive=
+trap 'rm -rf "$place"' EXIT
+archive=$place/rpt_jax.tar.gz
 git archive --format tar.gz --output "$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$name:rpt_jax.tar.gz" --zone "$zone" --worker all
 "${on_all[@]}" 'set -e
     mkdir -p rpt_jax && tar -xzf rpt_jax.tar.gz -C rpt_jax && cd rpt_jax
-    [ -x .venv/bin/python ] || python3.11 -m venv .venv
+    if [ ! -x .venv/bin/pip ]; then
+        python=$(command -v python3.12 || command -v python3.11) ||
+            { echo "no Python 3.11 or 3.12 on $(hostname): sudo apt-get install python3.11-venv, on all workers" >&2; exit 1; }
+        "$python" -m venv .venv
+    fi
     .venv/bin/pip install --quiet -c constraints.txt -e ".[tpu,gcs]"'
 exec "${on_all[@]}" "cd rpt_jax && PATH=\$PWD/.venv/bin:\$PATH $(printf '%q ' "$@")"
