@@ -55,7 +55,7 @@ def test_a_run_that_flops_end_says_how_many_are_spent(is_terminal):
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_loss_of_zero_is_explained(is_terminal):
     output = shown(ROW | {"zero_variance_share": 1.0}, force_terminal=is_terminal, color_system=None)
-    assert "nothing was learnt" in " ".join(output.split()) and "nothing was learnt" not in shown(ROW)
+    assert "taught nothing" in " ".join(output.split()) and "taught nothing" not in shown(ROW)
 
 
 def test_a_figure_that_is_not_finite_is_shown():
