@@ -93,7 +93,7 @@ def test_draws_follow_the_softmax(top_k):
 
 def test_zero_draws_no_improbable_token(monkeypatch):
     """JAX draws 0 once in 2^23 times, where the first of these tokens is due once in 2^100."""
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape, jnp.float32))
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(0))
     logits_1V = np.log(np.array([[2.0**-100, 0.5, 0.5, 2.0**-100]], np.float32))
     tokens_1, _ = draw.draw(logits_1V, jax.random.split(jax.random.key(0), 1), SAMPLING)
     assert tokens_1.tolist() == [1]

@@ -96,7 +96,7 @@ def test_a_run_says_which_tokenizer_it_has(tmp_path):
     config = toy.config(tmp_path / "run", model=toy.model())
     with run_folder.open_run(config, toy.tokenizer(), None, {"tokenizer": "of another"}):
         pass
-    with pytest.raises(InputError, match="this tokenizer has 24 ids .* fingerprint of another.: use that one"):
+    with pytest.raises(InputError, match="this tokenizer has 24 ids .* .fingerprint of another.: use that one"):
         policy_folder.load_policy(tmp_path / "run")
 
 

@@ -20,7 +20,7 @@ TOKENS_NT = np.array([[3, 1, 4, 1], [9, 0, 0, 0], [2, 6, 5, 0], [10, 3, 0, 0]], 
 LENGTHS_N = np.array([4, 1, 3, 2], np.int32)
 IDS_N2 = np.array([[0, 7], [2**32 - 1, 2**32 - 2], [5, 2**31], [7, 0]], np.uint32)
 END_IDS = (5, 8)
-KEY = 9  # whose rollouts are ragged, of which some do not end and some go on behind a 7
+KEY = 0  # whose rollouts are ragged, of which some do not end and some go on behind a 7
 
 
 @functools.cache

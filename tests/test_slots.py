@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from rpt_jax.policy.slots import Seating, first_seating, next_seating, worth_a_look
-from rpt_jax.records import InputError
 
 
 def play(lengths_UY, group, slots, call):
@@ -47,13 +46,6 @@ def test_every_rollout_is_decoded_to_its_end_and_sits_with_its_prompt(units, slo
             rows = seats_S.reshape(-1, seating.width) // 4
             assert all(len(set(row[row >= 0])) <= 1 for row in rows)
     assert len({(seating.rollouts_US.shape, seating.width) for seating in seatings}) <= 8
-
-
-def test_fewer_slots_than_a_group_on_each_device_are_refused():
-    with pytest.raises(
-        InputError, match="sample.slots=15 are fewer than a group of 8 rollouts on each of 2.*use 16 or"
-    ):
-        first_seating(4, 8, 2, 15)
 
 
 def test_refilled_slots_need_a_quarter_more_work_than_the_tokens_at_most():

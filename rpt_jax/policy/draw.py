@@ -22,13 +22,14 @@ def draw(logits_BV: Array, keys_B: Array, sampling: SampleConfig) -> tuple[Array
     distribution; arg-max at temperature 0.
 
     One number finds a block of tokens, another one the token in it: a single float32 number would have no digits left
-    for the tokens of an improbable block.
+    for the tokens of an improbable block. A vocabulary of one block takes one number.
     """
     scaled_BV = logits_BV / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         tokens_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B) + HALF_A_STEP
+        keys_B2 = jax.vmap(lambda key: jnp.stack([key, jax.random.fold_in(key, 1)]))(keys_B)
+        uniform_B2 = jax.vmap(jax.vmap(jax.random.uniform))(keys_B2) + HALF_A_STEP
         tokens_B = _inverse(cut(scaled_BV, sampling), uniform_B2)
     chosen_B = jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
@@ -41,6 +42,8 @@ def _inverse(scaled_BV: Array, uniform_B2: Array) -> Array:
     """
     B, V = scaled_BV.shape
     weights_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
+    if V <= BLOCK:
+        return _passed(weights_BV, uniform_B2[:, 0])
     weights_BXY = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
     block_B = _passed(jnp.sum(weights_BXY, axis=2), uniform_B2[:, 0])
     inside_BY = jnp.take_along_axis(weights_BXY, block_B[:, None, None], axis=1)[:, 0]

@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rpt_jax.records import InputError
-
 FEWEST = 8  # the smallest number of slots is this part of the first
 
 
@@ -39,16 +37,8 @@ class Look(NamedTuple):
 
 
 def first_seating(prompts: int, group: int, units: int, slots: int) -> tuple[Seating, list[list[int]]]:
-    """(whole groups, as many as fit into slots / units, the rollouts of each unit that wait).
-
-    Raises InputError for fewer slots than one group in each unit: its rollouts share a prompt, and a row.
-    """
-    if 0 < slots < units * group:
-        raise InputError(
-            f"sample.slots={slots} are fewer than a group of {group} rollouts on each of {units} devices (data times "
-            f"fsdp): use {units * group} or more, or 0 for all"
-        )
-    rows = min(prompts, slots // units // group) if slots else prompts
+    """(whole groups, as many as fit into slots / units, the rollouts of each unit that wait)."""
+    rows = max(1, min(prompts, slots // units // group)) if slots else prompts
     seated = np.tile(np.arange(rows * group), (units, 1))
     return Seating(seated, group), [list(range(rows * group, prompts * group)) for _ in range(units)]
 
