@@ -14,7 +14,7 @@ shift 2
 [ $# -gt 0 ] || { echo "tpu_vm.sh: no command: e.g. rpt train experiments/qwen_1_5b_v5e.py" >&2; exit 2; }
 on_all=(gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --command)
 
-place=$(mktemp -d) archive=
+place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 archive=$place/rpt_jax.tar.gz
 git archive --format tar.gz --output "$archive" HEAD

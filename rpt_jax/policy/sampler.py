@@ -61,8 +61,8 @@ def sample(
     stop: asked by the host after each call of the decoder about the tokens of each rollout so far, int32 [R]; where it
     says yes the rollout ends there, as with an end token. That is up to `sampling.tokens_per_call` tokens late.
 
-    Raises InputError for prompts that do not divide over data and fsdp, for a limit below 1 and for fewer slots than
-    groups need; FloatingPointError where the policy gives log-probs that are not finite.
+    Raises InputError for prompts that do not divide over data and fsdp and for a limit below 1, FloatingPointError
+    where the policy gives log-probs that are not finite.
     """
     params = decoder.gathered(params, model)
     mesh = mesh_of(params)
