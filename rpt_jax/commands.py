@@ -271,8 +271,8 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
     require_fitting(policy[2], config.positions.target)
     for split in splits.values():
         require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)
-    exam = annotated.documents, splits
-    return lambda params: study.evaluate(params, *policy, *exam, banned_ids=banned, mesh=mesh, **shared).summary()
+    exam, shared = (annotated.documents, splits), shared | {"start_ids": annotated.start_ids, "banned_ids": banned}
+    return lambda params: study.evaluate(params, *policy, *exam, mesh=mesh, **shared).summary()
 
 
 def _read_corpus(config: PretrainRun) -> tuple[Tokenizer, Corpus]:

@@ -109,6 +109,7 @@ class PositionConfig:
     renormalise: bool = True  # the 16 probabilities sum to 1 [open in the paper]
     window: int = 4096  # annotation: tokens the proxy sees; longer documents go through in windows overlapping by half
     batch_tokens: int = 8192  # annotation: tokens of one batch of the proxy, padding included
+    start: str = ""  # annotation: piece put before what the proxy sees, where it expects one, e.g. <|begin_of_text|>
 
     def check(self) -> None:
         if not 1 <= self.shortest_target <= self.longest_target or self.stages < 1:

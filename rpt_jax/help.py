@@ -103,6 +103,7 @@ PAGES = {
             "corpus.template",
             "corpus.holdout",
             "evaluate.annotated",
+            "positions.start",
             "positions.window",
             "positions.batch-tokens",
         ),

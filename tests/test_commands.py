@@ -3,6 +3,7 @@ held out; what would make a command's work useless is said before it begins."""
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -130,3 +131,25 @@ def test_evaluate_says_what_is_missing(tmp_path):
     assert jax.device_count() == 8
     with pytest.raises(InputError, match="batch of 12 positions .* does not divide over data=8 devices: use 8 or 16"):
         commands.run_evaluate(batch)
+
+
+def test_evaluate_begins_texts_as_the_annotation_did(tmp_path, monkeypatch):
+    save_policy(tmp_path / "policy", toy.model(), toy.params(), toy.tokenizer(), {})
+    held_out, seen = toy.annotate(tmp_path / "held_out"), []
+    settings = EvaluateRun(
+        policy=str(tmp_path / "policy"),
+        prompt=toy.config(tmp_path).prompt,
+        evaluate=EvaluateConfig(annotated=str(held_out), batch_size=8),
+    )
+    monkeypatch.setattr(
+        commands.study, "evaluate", lambda *_, start_ids, **__: seen.append(start_ids) or SimpleNamespace(summary=dict)
+    )
+    header = json.loads((held_out / "header.json").read_text())
+    for start in ({}, {"start": [3]}):
+        (held_out / "header.json").write_text(json.dumps(header | start))
+        commands.run_evaluate(settings)
+    assert seen == [[], [3]]
+    for start in ([24], [True], "3", {}):
+        (held_out / "header.json").write_text(json.dumps(header | {"start": start}))
+        with pytest.raises(InputError, match="are no token ids: annotate again"):
+            commands.run_evaluate(settings)

@@ -27,6 +27,7 @@ TOKENIZER = SimpleNamespace(
     vocab_size=len(PIECES),
     fingerprint="seven",
     end_of_text=END,
+    start_ids=lambda piece, setting: {"": [], "<think>": [THINK]}[piece],
     encode_markup=lambda text: {"": [], "<think>": [THINK]}[text],
     bytes_of=lambda ids: b"".join(PIECES[i] for i in ids),
     id_of=lambda piece: None,
@@ -226,19 +227,32 @@ def test_argmax_is_the_proxys(tmp_path):
     """Every position of all documents, by one row a position here and one row a document there."""
     banned = (THINK, 2)
     source = [(d, f"a:{d}", tokens_T) for d, tokens_T in enumerate(DOCUMENTS)]
-    proxy.annotate(policy(), MODEL, TOKENIZER, source, tmp_path, PositionConfig(), proxy="self", banned_ids=banned)
-    annotated = {document.document: document.argmaxes_T for document in open_annotated(tmp_path)}
     places = np.array([(d, t) for d in range(3) for t in range(1, len(DOCUMENTS[d]))], np.int32)
     positions = Positions(places[:, 0], places[:, 1], np.zeros(len(places), np.float32))
     find = functools.partial(study.argmax_tokens, policy(), MODEL, DOCUMENTS, positions, batch_size=64)
+
+    def of_proxy(folder, start):
+        config = PositionConfig(start=start)
+        proxy.annotate(policy(), MODEL, TOKENIZER, source, folder, config, proxy="self", banned_ids=banned)
+        artefact = open_annotated(folder)
+        argmaxes = {document.document: document.argmaxes_T for document in artefact}
+        return [argmaxes[d][t] for d, t in places], artefact.start_ids
+
+    expected, nothing = of_proxy(tmp_path / "plain", "")
+    started, start_ids = of_proxy(tmp_path / "started", "<think>")
     got = find(limit=40, banned_ids=banned)
-    assert got.tolist() == [annotated[d][t] for d, t in places]
+    assert got.tolist() == expected != started and (nothing, start_ids) == ([], [THINK])
+    assert find(limit=41, banned_ids=banned, start_ids=start_ids).tolist() == started
     assert not np.isin(got, banned).any() and np.isin(find(limit=40), banned).any()
     # With a limit of 8 tokens, what a document of those 8 alone gives.
     short = [DOCUMENTS[2][t - 8 : t + 1] for t in range(8, 40)]
     alone = Positions(np.arange(32), np.full(32, 8), np.zeros(32, np.float32))
     cut = study.argmax_tokens(policy(), MODEL, short, alone, batch_size=64, limit=40)
     assert cut.tolist() == find(limit=8)[-32:].tolist() != find(limit=40)[-32:].tolist()
+    led = [np.insert(text, 0, THINK) for text in short]
+    alone = Positions(alone.documents, alone.indices + 1, alone.entropies)
+    cut = study.argmax_tokens(policy(), MODEL, led, alone, batch_size=64, limit=40)
+    assert cut.tolist() == find(limit=9, start_ids=(THINK,))[-32:].tolist()
 
 
 def test_prefill_stands_behind_the_prompt_within_the_limit():

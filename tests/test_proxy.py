@@ -20,7 +20,13 @@ from rpt_jax.policy import decoder, proxy
 from rpt_jax.records import InputError
 
 MODEL = ModelConfig(vocab_size=40, width=16, layers=1, heads=2, kv_heads=1, head_channels=8, hidden=24)
-TOKENIZER = SimpleNamespace(fingerprint="aa11", vocab_size=40, token_bytes=tuple(bytes([i]) for i in range(40)))
+START = 39
+TOKENIZER = SimpleNamespace(
+    fingerprint="aa11",
+    vocab_size=40,
+    token_bytes=tuple(bytes([i]) for i in range(40)),
+    start_ids=lambda piece, setting: {"": [], "<s>": [START]}[piece],
+)
 LENGTHS = (30, 1, 5, 17, 2, 30, 70, 16)  # tokens; one of a single token, four beyond a window of 14
 RANDOM = np.random.default_rng(0)
 DOCUMENTS = [(7 * i, f"a:{i}", RANDOM.integers(0, 40, n).astype(np.int32)) for i, n in enumerate(LENGTHS)]
@@ -57,10 +63,11 @@ def context_starts(tokens, window):
 
 def by_hand(config=CONFIG, banned=()):
     """Every prediction from its own context alone, a row each, by a softmax over the whole vocabulary in float64."""
+    ahead = [START] if config.start else []
     contexts = [
-        tokens_T[start:t]
+        [*ahead, *tokens_T[start:t]]
         for _, _, tokens_T in DOCUMENTS
-        for t, start in enumerate(context_starts(len(tokens_T), config.window), start=1)
+        for t, start in enumerate(context_starts(len(tokens_T), config.window - len(ahead)), start=1)
     ]
     lengths_B = np.array([len(context) for context in contexts])
     tokens_BT = np.zeros((len(contexts), 80), np.int32)
@@ -96,6 +103,7 @@ def reference(tmp_path_factory):
         (CONFIG, ()),
         (dataclasses.replace(CONFIG, renormalise=False, window=7), BANNED),
         (dataclasses.replace(CONFIG, top_candidates=400, window=40), BANNED),  # more than there are; three shapes
+        (dataclasses.replace(CONFIG, start="<s>"), ()),
     ],
 )
 def test_equals_full_softmax_over_the_same_context(tmp_path, config, banned):
@@ -210,6 +218,7 @@ def test_other_proxies_settings_and_documents_do_not_mix(tmp_path):
         ({"proxy": "late"}, "begun with proxy='base'"),
         ({"banned_ids": (3,)}, "begun with banned_ids="),
         ({"config": dataclasses.replace(CONFIG, window=30)}, "begun with window=14"),
+        ({"config": dataclasses.replace(CONFIG, start="<s>")}, "begun with start=None"),
         ({"documents": DOCUMENTS[:-1]}, "begun with documents=8"),
         ({"documents": edited}, "part 0 was made from other documents"),
         ({"documents": shorter}, "part 0 was made from other documents"),
@@ -227,6 +236,7 @@ def test_bad_input_is_refused(tmp_path):
         ({"banned_ids": (40,)}, "banned token 40"),
         ({"config": dataclasses.replace(CONFIG, top_candidates=0)}, "positions.top_candidates=0"),
         ({"config": dataclasses.replace(CONFIG, window=1)}, "positions.window=1"),
+        ({"config": dataclasses.replace(CONFIG, window=2, start="<s>")}, "positions.window=2: use 3 or more"),
     ):
         with pytest.raises(InputError, match=message):
             annotate(tmp_path / message[:9], **options)

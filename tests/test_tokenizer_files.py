@@ -87,6 +87,42 @@ def test_end_of_text(tmp_path):
     assert load_tokenizer(write_gpt2(tmp_path / "d")).end_of_text == 256
 
 
+STARTS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+BARE = STARTS | {"single": STARTS["single"][1:]}
+
+
+@pytest.mark.parametrize(
+    "processor, config, found",
+    [
+        (None, {}, None),
+        (STARTS, {}, "<s>"),
+        (BARE, {"bos_token": "<s>"}, None),
+        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, STARTS]}, {}, "<s>"),
+        (STARTS, {"add_bos_token": False}, None),
+        (None, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, "<s>"),
+        (None, {"add_bos_token": True}, None),
+        (None, {"add_bos_token": True, "bos_token": ["<s>"]}, None),
+        (["lies"], {"add_bos_token": "yes"}, None),
+        ({"processors": [7, {"single": 7}, {"single": [7]}, {"single": [{"SpecialToken": 7}]}]}, {}, None),
+        (STARTS | {"single": [{"SpecialToken": {"id": "<absent>"}}]}, {}, None),
+    ],
+)
+def test_start_of_text(tmp_path, caplog, processor, config, found):
+    """What the files put before every text is known, is said where nothing is put there, and comes if it is named."""
+    description = byte_level_description() | {"post_processor": processor}
+    description["added_tokens"].append({"id": 257, "content": "<s>", "special": True})
+    write(tmp_path, "tokenizer.json", description)
+    write(tmp_path, "tokenizer_config.json", config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.start_of_text == found
+    assert tokenizer.start_ids("<s>", "start") == [257] and not caplog.records
+    assert tokenizer.start_ids("", "start") == []
+    assert [record.args for record in caplog.records] == [(found, "start", found)] * (found is not None)
+    assert 257 not in tokenizer.encode("<s>")
+    with pytest.raises(InputError, match="start='<t>' is no piece of the tokenizer: give"):
+        tokenizer.start_ids("<t>", "start")
+
+
 def write_gpt2(folder, **config):
     vocab = byte_level_description()["model"]["vocab"] | {"<|endoftext|>": 256}
     write(folder, "merges.txt", "#version: 0.2\n")

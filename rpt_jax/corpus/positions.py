@@ -91,6 +91,14 @@ class AnnotatedDocuments:
     def _unpacked(self, record: int, packed: bytes) -> Annotated:
         return unpack(packed, f"{self.folder}, record {record}", self.header["vocab_size"])
 
+    @property
+    def start_ids(self) -> list[int]:
+        """Tokens that the proxy saw before every text."""
+        ids = self.header.get("start", [])
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.header["vocab_size"] for i in ids):
+            raise InputError(f"{self.folder}/header.json: start={ids!r} are no token ids: annotate again")
+        return ids
+
     @functools.cached_property
     def documents(self) -> "DocumentTokens":
         return DocumentTokens(self)

@@ -5,12 +5,14 @@ tokenizer_config.json beside it adds tokens and names the end of text. Out: a `T
 
     bytes_of(encode(text)) == text.encode("utf-8")        for every text that encode accepts.
 
-Nothing is normalised, no prefix space or start token is added, and what cannot be represented is an error. Rewards
-(arXiv 2506.08007, Eq. 3) compare these bytes, so no text is ever decoded and encoded again.
+Nothing is normalised, no prefix space is added, no start token comes unasked (`start_ids`), and what cannot be
+represented is an error. Rewards (arXiv 2506.08007, Eq. 3) compare these bytes, so no text is ever decoded and encoded
+again.
 """
 
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -33,6 +35,8 @@ from rpt_jax.corpus.tokenizer_files import (
 )
 from rpt_jax.records import InputError, words_of
 
+log = logging.getLogger(__name__)
+
 # Pieces that end a text where the files name none, if they are control pieces.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 MOST_UNUSED = 1 << 16  # ids below the highest that no piece has; each takes memory, whatever the file says
@@ -47,6 +51,7 @@ class Tokenizer:
     symbols: dict[str, tuple[int, ...]]  # strings that `encode` takes out of the text before anything else
     controls: dict[str, tuple[int, ...]]  # strings that only `encode_markup` takes out
     end_of_text: int | None
+    start_of_text: str | None  # piece that the files put before every text; nothing here does unless it is told to
     engine: Any  # sentencepiece.SentencePieceProcessor or tokenizers.Tokenizer, knows no added token
     files: dict[str, bytes]  # name -> content, what `save` writes
 
@@ -100,6 +105,24 @@ class Tokenizer:
     def id_of(self, piece: str) -> int | None:
         """The id of a piece as the tokenizer file spells it, or None."""
         return self.pieces.get(piece)
+
+    def start_ids(self, piece: str, setting: str) -> list[int]:
+        """[the id of `piece`], or none for "", with a warning where the files of the tokenizer begin texts with one.
+
+        Raises InputError, naming the setting that the piece comes from, for one that is not in the vocabulary.
+        """
+        if not piece:
+            if self.start_of_text:
+                log.warning(
+                    "the tokenizer's files put %r before every text, this does not: a model trained with it expects "
+                    "it, --%s %r",
+                    *(self.start_of_text, setting, self.start_of_text),
+                )
+            return []
+        if piece not in self.pieces:
+            advice = f"give {self.start_of_text!r}" if self.start_of_text else "give a piece of the tokenizer, or none"
+            raise InputError(f"{setting}={piece!r} is no piece of the tokenizer: {advice}")
+        return [self.pieces[piece]]
 
     def save(self, folder: str | Path) -> None:
         """Writes the files it was read from, under the names that `load_tokenizer(folder)` looks for."""
@@ -254,12 +277,14 @@ def _assemble(parts: Parts) -> Tokenizer:
             f"{parts.file}: the eos_token {end!r} of tokenizer_config.json is not in the vocabulary; use the "
             "tokenizer_config.json that belongs to it"
         )
+    start = parts.start_of_text
     return Tokenizer(
         token_bytes=tuple(contents.get(i, b"") for i in range(max(pieces) + 1)),
         pieces=ids,
         symbols={text: i for text, i in symbols.items() if text},
         controls={text: i for text, i in controls.items() if text},
         end_of_text=None if end is None else ids[end],
+        start_of_text=start if isinstance(start, str) and start in ids else None,
         engine=parts.engine,
         files=parts.files,
     )

@@ -43,6 +43,7 @@ class Parts:
     spaced: bool  # U+2581 in a piece stands for a space
     added: tuple[tuple[int, str, bool], ...]  # (id, text, special) over the vocabulary, a later one wins
     end_of_text: str | None  # piece
+    start_of_text: str | None  # piece that transformers puts before every text
     files: dict[str, bytes]  # name -> content, what a loader needs to come back here
 
 
@@ -73,7 +74,8 @@ def sentencepiece_parts(file: Path) -> Parts:
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{file}: SentencePiece cannot use it ({words_of(error)}): train or copy it again") from error
     end = _end_of_text(config) or (pieces[engine.eos_id()] if engine.eos_id() >= 0 else None)
-    return Parts(file, engine, pieces, contents, spaced, added, end, {"tokenizer.model": raw} | _companions(file))
+    start, files = _start_of_text(config), {"tokenizer.model": raw} | _companions(file)
+    return Parts(file, engine, pieces, contents, spaced, added, end, start, files)
 
 
 def _switch_off_normalisation(proto) -> None:
@@ -107,7 +109,8 @@ def tokenizer_json_parts(file: Path) -> Parts:
     contents = {i: (_byte_level_bytes if byte_level else _spaced_bytes)(piece) for i, piece in pieces.items()}
     added = _added_tokens(file, config, description.get("added_tokens") or ())
     files = {"tokenizer.json": file.read_bytes()} | _companions(file)
-    return Parts(file, engine, pieces, contents, not byte_level, added, _end_of_text(config), files)
+    start = _start_of_text(config, description.get("post_processor"))
+    return Parts(file, engine, pieces, contents, not byte_level, added, _end_of_text(config), start, files)
 
 
 def _require_exact_kind(file: Path, description: dict, byte_level: bool) -> None:
@@ -162,7 +165,8 @@ def vocab_and_merges_parts(folder: Path) -> Parts:
     end = "<|endoftext|>"  # GPT-2 has it in the vocabulary and lists it nowhere
     added = (((vocab[end], end, True),) if end in vocab else ()) + _added_tokens(vocab_file, config)
     files = {file.name: file.read_bytes() for file in (vocab_file, merges_file)} | _companions(vocab_file)
-    return Parts(vocab_file, engine, pieces, contents, False, added, _end_of_text(config), files)
+    ends = _end_of_text(config), _start_of_text(config)
+    return Parts(vocab_file, engine, pieces, contents, False, added, *ends, files)
 
 
 def read_description(file: Path) -> dict:
@@ -199,8 +203,27 @@ def _by_id(file: Path, vocab) -> dict[int, str]:
 
 
 def _end_of_text(config: dict) -> str | None:
-    end = config.get("eos_token")
-    return end.get("content") if isinstance(end, dict) else end
+    return _content(config.get("eos_token"))
+
+
+def _start_of_text(config: dict, processor=None) -> str | None:
+    """What a text begins with: bos_token where add_bos_token asks for it, else what the post-processor puts first."""
+    asked = config.get("add_bos_token")
+    if isinstance(asked, bool):
+        return _content(config.get("bos_token")) if asked else None
+    every = processor.get("processors") if isinstance(processor, dict) else None
+    for step in every if isinstance(every, list) else [processor]:
+        parts = step.get("single") if isinstance(step, dict) else None
+        first = parts[0] if isinstance(parts, list) and parts else None
+        special = first.get("SpecialToken") if isinstance(first, dict) else None
+        if isinstance(special, dict):
+            return special.get("id")
+    return None
+
+
+def _content(token) -> str | None:
+    """A token of tokenizer_config.json, which stands there as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _added_tokens(file: Path, config: dict, described=()) -> tuple[tuple[int, str, bool], ...]:

@@ -6,7 +6,8 @@ proxy's best 16 tokens], with the choices it leaves open as options.
 
 Long documents. The proxy sees `window` tokens. A longer document goes through in windows that start every half window;
 each token is predicted in the first window that can, so it is given all tokens before it, or at least half a window
-of them (and a whole one at best). What is before a window does not exist for it: places count from its start.
+of them (and a whole one at best). What is before a window does not exist for it: places count from its start, where
+config.start puts a token that counts as one of the window.
 
 Resuming. Parts of the artefact appear whole or not at all, and those that are there are skipped. The header holds
 what a part depends on, so a folder begun with another proxy, corpus size or setting is refused.
@@ -110,6 +111,8 @@ def annotate(
     architecture = {name: value for name, value in to_dict(model).items() if name not in ("remat", "context")}
     made_by = {"parameters": fingerprint(params), "model": architecture}
     made_by |= {"window": config.window, "banned_ids": sorted(banned_ids)}
+    start_ids = tokenizer.start_ids(config.start, "positions.start")
+    made_by |= {"start": start_ids} if start_ids else {}
     size = {"documents": total, "part_documents": part_documents}
     header = make_header(tokenizer, config, proxy) | made_by | size
     in_first_process(lambda: write_header(folder, header))
@@ -132,7 +135,7 @@ def annotate(
         stop = min(start + part_documents, total)
         if not is_written[part]:
             kept = [_unpredicted(*documents[i], model.vocab_size) for i in range(start, stop)]
-            _fill(kept, run, config, mesh, lambda done, start=start: report(start + done, total))
+            _fill(kept, run, config, start_ids, mesh, lambda done, start=start: report(start + done, total))
             in_first_process(functools.partial(write_annotated, folder, part, kept))
         report(stop, total)
 
@@ -148,16 +151,25 @@ def _unpredicted(document: int, name: str, tokens, vocab_size: int) -> Annotated
     return Annotated(document, name, tokens_T, np.full(count, np.nan, np.float32), np.full(count, -1, np.int32))
 
 
-def _fill(kept: Sequence[Annotated], run: Callable, config: PositionConfig, mesh: Mesh | None, report: Callable):
+def _fill(
+    kept: Sequence[Annotated],
+    run: Callable,
+    config: PositionConfig,
+    start_ids: Sequence[int],
+    mesh: Mesh | None,
+    report: Callable,
+):
     """Puts the predictions into a part's documents, windows of like length together."""
-    rows = [Window(d, *span) for d, there in enumerate(kept) for span in windows(len(there.tokens_T), config.window)]
+    ahead = len(start_ids)
+    spans = (windows(len(there.tokens_T), config.window - ahead) for there in kept)
+    rows = [Window(document, *span) for document, each in enumerate(spans) for span in each]
     waiting = np.bincount([row.document for row in rows], minlength=len(kept))  # windows of each document to come
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    for tokens_BT, lengths_B, batch in _batches(rows, kept, config.batch_tokens, multiple):
+    for tokens_BT, lengths_B, batch in _batches(rows, kept, start_ids, config.batch_tokens, multiple):
         entropies_BT, argmaxes_BT = run(tokens_BT, lengths_B)
         for b, row in enumerate(batch):
             there, targets = kept[row.document], slice(row.first, row.stop + 1)
-            places = slice(row.first - row.start - 1, row.stop - row.start)
+            places = slice(ahead + row.first - row.start - 1, ahead + row.stop - row.start)
             there.entropies_T[targets], there.argmaxes_T[targets] = entropies_BT[b, places], argmaxes_BT[b, places]
             if not np.isfinite(there.entropies_T[targets]).all():
                 raise FloatingPointError(
@@ -179,20 +191,21 @@ def windows(tokens: int, window: int) -> list[tuple[int, int, int]]:
 
 
 def _batches(
-    rows: Sequence[Window], kept: Sequence[Annotated], batch_tokens: int, multiple: int
+    rows: Sequence[Window], kept: Sequence[Annotated], start_ids: Sequence[int], batch_tokens: int, multiple: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[Window]]]:
     """(tokens_BT, lengths_B, the windows in it): one B for each T, unused rows have length 0."""
     by_length: dict[int, list[Window]] = {}
     for row in rows:
-        by_length.setdefault(padded_length(row.stop - row.start), []).append(row)
+        by_length.setdefault(padded_length(len(start_ids) + row.stop - row.start), []).append(row)
     for T, group in sorted(by_length.items()):
         B = -(-max(1, batch_tokens // T) // multiple) * multiple
         for start in range(0, len(group), B):
             batch = group[start : start + B]
             tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
             for b, row in enumerate(batch):
-                lengths_B[b] = row.stop - row.start
-                tokens_BT[b, : lengths_B[b]] = kept[row.document].tokens_T[row.start : row.stop]
+                seen = [*start_ids, *kept[row.document].tokens_T[row.start : row.stop]]
+                lengths_B[b] = len(seen)
+                tokens_BT[b, : len(seen)] = seen
             yield tokens_BT, lengths_B, batch
 
 
@@ -247,7 +260,7 @@ def _check(model: ModelConfig, tokenizer: Tokenizer, config: PositionConfig, ban
             f"the tokenizer has {tokenizer.vocab_size} ids and the proxy model.vocab_size={model.vocab_size}: use the "
             "tokenizer that the proxy was made for"
         )
-    for name, least in (("top_candidates", 1), ("window", 2), ("batch_tokens", 1)):
+    for name, least in (("top_candidates", 1), ("window", 3 if config.start else 2), ("batch_tokens", 1)):
         if getattr(config, name) < least:
             raise InputError(f"positions.{name}={getattr(config, name)}: use {least} or more")
     wrong = [token for token in banned_ids if not 0 <= token < model.vocab_size]

@@ -53,6 +53,7 @@ SINCE = (
     "positions.longest_target",
     "positions.order",
     "positions.stages",
+    "positions.start",
     "reward.judge",
     "update.next_token_share",
     "update.next_token_sequences",

@@ -4,8 +4,8 @@ In: a policy, documents as token ids, and named sets of positions (easy, medium 
 Out: `Evaluation`, one row a position, and from it plain figures for each set. A position that is in several sets is
 evaluated once.
 
-    arg-max     one forward pass over the document before the position, no prompt around it: the most probable token
-                is right if it is the true one
+    arg-max     one forward pass over the document before the position, no prompt around it but the start token that
+                the annotation had, if any: the most probable token is right if it is the true one
     reasoning   rollouts from the prompt, their answers parsed and rewarded by prefix matching as in training. Most of
                 the paper's 3.31 % before training is failure of format, so the format rate stands beside it
 
@@ -108,6 +108,7 @@ def evaluate(
     seed: int,
     end_ids: tuple[int, ...],
     prefill: Sequence[int] = (),
+    start_ids: Sequence[int] = (),
     banned_ids: tuple[int, ...] = (),
     mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -120,6 +121,7 @@ def evaluate(
         config: at most config.positions of each split are used, see choose_positions.
         end_ids: tokens that end a response (learning/collect.end_ids).
         prefill: token ids put behind every prompt, the first of the response: they force a way of thinking.
+        start_ids: tokens put before the contexts of the arg-max.
         banned_ids: tokens that are no text (such as <think>), never the arg-max.
         mesh: batches are split over its data and fsdp axes; params lie on it.
         progress: called with (batches done, batches in all).
@@ -132,13 +134,12 @@ def evaluate(
     if not len(positions):
         raise InputError(f"no position to evaluate in {', '.join(splits) or 'no split'}: give held-out positions")
     whole, ways = positions.lengths is not None, samplings(sample, config)
+    around = {"start_ids": start_ids, "limit": prompt.max_tokens, "banned_ids": banned_ids, "mesh": mesh}
     batches = ((not whole) + len(ways)) * -(-len(positions) // config.batch_size)
     shared = {"batch_size": config.batch_size, "tick": ticking(progress, batches)}
     tokens_N = right_N = None
     if not whole:
-        tokens_N = argmax_tokens(
-            params, model, documents, positions, limit=prompt.max_tokens, banned_ids=banned_ids, mesh=mesh, **shared
-        )
+        tokens_N = argmax_tokens(params, model, documents, positions, **around, **shared)
         truth_N = [documents[d][t] for d, t in zip(positions.documents, positions.indices, strict=True)]
         right_N = tokens_N == np.array(truth_N, np.int32)
     policy = decoder.gathered(params, model), model, tokenizer
@@ -178,14 +179,14 @@ def argmax_tokens(
     *,
     limit: int,
     batch_size: int,
+    start_ids: Sequence[int] = (),
     banned_ids: tuple[int, ...] = (),
     mesh: Mesh | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Most probable token at each position given the (last `limit`) tokens of the document before it; int32 [N]."""
-    contexts = [
-        documents[d][max(0, t - limit) : t] for d, t in zip(positions.documents, positions.indices, strict=True)
-    ]
+    """Most probable token at each position given start_ids and the last tokens before it, `limit` in all; int32 [N]."""
+    room, places = limit - len(start_ids), zip(positions.documents, positions.indices, strict=True)
+    contexts = [[*start_ids, *documents[d][max(0, t - room) : t]] for d, t in places]
     tokens_NT, lengths_N = padded_rows(contexts)
     if not lengths_N.all():
         document = positions.documents[np.argmin(lengths_N)]

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -82,9 +83,9 @@ class Asked:
     mesh: Mesh | None = None
     cut: Counter = field(default_factory=Counter)
 
-    @property
+    @cached_property
     def start_ids(self) -> list[int]:
-        return self.tokenizer.encode_markup(self.config.start) if self.config.start else []
+        return self.tokenizer.start_ids(self.config.start, "start")
 
     @property
     def nothing(self) -> list[int]:

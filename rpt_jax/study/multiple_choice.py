@@ -196,7 +196,7 @@ def by_logprob(
 ) -> Answered:
     """The option with the highest score after the question; score as in ChoicesRun, nats (per byte)."""
     pairs, cut_N = [], np.zeros(len(questions), bool)
-    start = tokenizer.encode_markup(config.start) if config.start else []
+    start = tokenizer.start_ids(config.start, "start")
     for n, question in enumerate(questions):
         encoded = [encode_pair(tokenizer, *pair) for pair in pairs_of(question, config.score)]
         longest = max(len(continuation) for _, continuation in encoded)
