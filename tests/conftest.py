@@ -6,6 +6,7 @@ the mark `realdata`, take the fixture `real_data` and are skipped by name where 
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before the first import of jax: the flags are read once, when its backend starts.
@@ -36,6 +37,12 @@ def few_mappings():
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def made_once(tmp_path_factory):
+    """Folders of cached helpers lie among pytest's, which removes old ones, and do not stay in /tmp for good."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("made_once"))
 
 
 @pytest.fixture(scope="session")
