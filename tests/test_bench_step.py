@@ -3,6 +3,10 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -152,3 +156,19 @@ def test_what_cannot_be_measured_stops_before_the_process_starts(capsys, monkeyp
     monkeypatch.setattr(bench_step, "run_for_json", None)
     assert cli.main(["bench", "step", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_sigterm_ends_what_measures(tmp_path):
+    """The process that measures goes with the one that waits for it, which ends as a signal ends one."""
+    begun = tmp_path / "begun"
+    measuring = f"import os, pathlib, time; pathlib.Path({str(begun)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    command = [sys.executable, "-c", measuring]
+    waiting = f"from rpt_jax.bench.step import run_for_json; run_for_json({command}, '')"
+    process = subprocess.Popen([sys.executable, "-c", waiting])
+    while not (begun.exists() and begun.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun.read_text()), 0)
