@@ -9,14 +9,15 @@ import os
 import tempfile
 from pathlib import Path
 
+import fast_xla
+
 # Before the first import of jax: the flags are read once, when its backend starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # what a test compiles is not kept
-# Level 0 halves the time of the suite, which is mostly compilation of programs that run once on tiny arrays. What
-# stands in XLA_FLAGS already comes last and wins.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+# What stands in XLA_FLAGS already comes last and wins.
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_force_host_platform_device_count=8", fast_xla.FLAGS, os.environ.get("XLA_FLAGS", ""))
 )
 
 import hypothesis

@@ -25,10 +25,12 @@ import time
 import traceback
 from pathlib import Path
 
+import fast_xla
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "experiments")]
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {fast_xla.FLAGS}")
 CASES = HERE / "fuzz_cases"
 PACKAGE = os.sep + "rpt_jax" + os.sep
 SMALL, MOST = 1500, 100  # bytes of a case that is kept, and cases of a surface

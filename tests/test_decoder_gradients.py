@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoder import MODEL, QUICK, assert_close, forward, policy
+from test_decoder import MODEL, assert_close, forward, policy
 
 from rpt_jax.policy import decoder
 
@@ -23,7 +23,7 @@ def weighted(states, params, tokens_BT, positions_BT, weights_BTD):
     return jax.grad(objective, has_aux=True)(params)
 
 
-@functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="model")
 def gradient(params, tokens_BT, positions_BT, weights_BTD, model=MODEL):
     return weighted(functools.partial(forward, model=model), params, tokens_BT, positions_BT, weights_BTD)
 
@@ -52,7 +52,7 @@ def shared_hidden(params, tokens_BT, positions_BT):
 def test_shared_context_equals_repeated_prompts():
     """In values, and in gradients through prompt and responses."""
     live = shared_prompts()[1] >= 0
-    shared = jax.jit(functools.partial(weighted, shared_hidden), compiler_options=QUICK)
+    shared = jax.jit(functools.partial(weighted, shared_hidden))
     gradients, states_BTD = jax.device_get(shared(policy(), *shared_prompts()))
     plain_gradients, plain_states_BTD = jax.device_get(gradient(policy(), *shared_prompts()))
     assert_close(states_BTD[live], plain_states_BTD[live])

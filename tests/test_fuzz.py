@@ -68,7 +68,8 @@ def test_a_fault_is_found_and_counted(tmp_path):
         "def damaged(chance, content, others): return bytes([chance.choice(b'abcdefghi!' * 3 + b'?')])\n"
         "def surface(name): return [SimpleNamespace(name='t', seeds=(b'a',), run=run, mutate=damaged, weight=1)]\n"
     )
-    (tmp_path / "fuzz.py").write_text(Path(fuzz.__file__).read_text())
+    for name in ("fuzz.py", "fast_xla.py"):
+        (tmp_path / name).write_text(Path(fuzz.__file__).with_name(name).read_text())
     words = [
         "--surface",
         "texts",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import fast_xla
 import numpy as np
 import pytest
 import toy
@@ -181,7 +182,7 @@ def test_a_conversation_at_a_terminal(policy):
     """Lines are asked for, answered one by one, a wrong one is said and forgotten, and the end of input ends it."""
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "rpt_jax.cli", "sample", str(policy), *SMALL, "--samples", "2"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": fast_xla.FLAGS}
     child = subprocess.Popen(
         words, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fast_xla
 import jax
 import numpy as np
 import toy
@@ -29,7 +30,7 @@ from rpt_jax.mesh import make_mesh, start_distributed, to_host
 
 PHASES = ("SAMP", "UPDA", "SAVE", "EVAL")
 ELSE = "ELSE"
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # not the tests' 8 devices
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_xla.FLAGS}  # not the tests' 8 devices
 
 
 def settings(folder, steps=20, mesh=(2, 1, 2), **options) -> Config:
