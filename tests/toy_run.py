@@ -73,15 +73,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, steps=20, **options) -> list[subprocess.Popen]:
-    """Starts the processes of one run."""
+def start(
+    folder, processes=2, devices=2, mesh=(2, 1, 2), seeds=None, steps=20, flags=fast_xla.FLAGS, **options
+) -> list[subprocess.Popen]:
+    """Starts the processes of one run, compiled with XLA's flags."""
     shared = [f"--processes={processes}", f"--port={free_port()}", f"--devices={devices}", f"--steps={steps}"]
     shared += ["--mesh", *map(str, mesh)]
     return [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), f"--process={process}", f"--seed={seeds[process] if seeds else 4}"]
             + shared,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | {"XLA_FLAGS": flags},
             stderr=subprocess.PIPE,
             text=True,
             **options,
