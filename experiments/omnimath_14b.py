@@ -59,7 +59,7 @@ def config() -> Config:
             threshold=1.5,  # [open] nats; the paper's evaluation calls this hard
             top_candidates=16,
             renormalise=True,  # [open] whether the 16 probabilities sum to 1
-            start="<｜begin▁of▁sentence｜>",  # [open]; what the proxy's tokenizer puts before every text
+            start="<｜begin▁of▁sentence｜>",  # [open] what the proxy's tokenizer puts before every text
         ),
         prompt=PromptConfig(template="v0", chat="r1", max_tokens=4096),
         sample=SampleConfig(

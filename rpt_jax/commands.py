@@ -173,6 +173,7 @@ def run_annotate(config: AnnotateRun) -> dict:
     corpus = open_corpus(config.corpus, tokenizer, config.seed)
     texts = corpus.documents.digest_of
     require_agreement({"set of documents": identity.digest((texts[corpus.train], texts[corpus.holdout]))})
+    tokenizer.warn_without_start(config.positions.start, "positions.start")
     parts = {"train": (corpus.train, config.positions.annotated)}
     if config.evaluate.annotated:
         parts["holdout"] = (corpus.holdout, config.evaluate.annotated)
@@ -271,7 +272,9 @@ def _evaluation(config: EvaluateRun, model: ModelConfig, tokenizer: Tokenizer, m
     require_fitting(policy[2], config.positions.target)
     for split in splits.values():
         require_room(annotated.documents, tokenizer.token_bytes, split, config.prompt.truth_bytes)
-    exam, shared = (annotated.documents, splits), shared | {"start_ids": annotated.start_ids, "banned_ids": banned}
+    start_ids = tokenizer.start_ids(annotated.start, f"{config.evaluate.annotated}/header.json: start")
+    tokenizer.warn_without_start(annotated.start, "positions.start")
+    exam, shared = (annotated.documents, splits), shared | {"start_ids": start_ids, "banned_ids": banned}
     return lambda params: study.evaluate(params, *policy, *exam, mesh=mesh, **shared).summary()
 
 

@@ -1,5 +1,6 @@
 """`rpt bench step`: the workload is the one that other implementations draw, and figures are of what they say."""
 
+import contextlib
 import json
 import math
 import os
@@ -165,10 +166,15 @@ def test_sigterm_ends_what_measures(tmp_path):
     command = [sys.executable, "-c", measuring]
     waiting = f"from rpt_jax.bench.step import run_for_json; run_for_json({command}, '')"
     process = subprocess.Popen([sys.executable, "-c", waiting])
-    while not (begun.exists() and begun.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(begun.read_text()), 0)
+    try:
+        while not (begun.exists() and begun.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(begun.read_text()), 0)
+    finally:
+        process.kill()
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(begun.read_text()), signal.SIGKILL)

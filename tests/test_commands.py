@@ -145,11 +145,18 @@ def test_evaluate_begins_texts_as_the_annotation_did(tmp_path, monkeypatch):
         commands.study, "evaluate", lambda *_, start_ids, **__: seen.append(start_ids) or SimpleNamespace(summary=dict)
     )
     header = json.loads((held_out / "header.json").read_text())
-    for start in ({}, {"start": [3]}):
+    piece = "<predict>"
+    for start in ({}, {"start": piece}):
         (held_out / "header.json").write_text(json.dumps(header | start))
         commands.run_evaluate(settings)
-    assert seen == [[], [3]]
-    for start in ([24], [True], "3", {}):
+    assert seen == [[], [toy.tokenizer().id_of(piece)]]
+    commands.run_evaluate(dataclasses.replace(settings, positions=PositionConfig(start=piece)))
+    with pytest.raises(InputError, match=r"annotated with start='<predict>', the run says positions.start='a'"):
+        commands.run_evaluate(dataclasses.replace(settings, positions=PositionConfig(start="a")))
+    for start, message in (
+        (7, "start=7 is no piece: annotate again"),
+        ("absent", "'absent' is no piece of the tokenizer"),
+    ):
         (held_out / "header.json").write_text(json.dumps(header | {"start": start}))
-        with pytest.raises(InputError, match="are no token ids: annotate again"):
+        with pytest.raises(InputError, match=message):
             commands.run_evaluate(settings)

@@ -236,13 +236,13 @@ def test_argmax_is_the_proxys(tmp_path):
         proxy.annotate(policy(), MODEL, TOKENIZER, source, folder, config, proxy="self", banned_ids=banned)
         artefact = open_annotated(folder)
         argmaxes = {document.document: document.argmaxes_T for document in artefact}
-        return [argmaxes[d][t] for d, t in places], artefact.start_ids
+        return [argmaxes[d][t] for d, t in places], artefact.start
 
     expected, nothing = of_proxy(tmp_path / "plain", "")
-    started, start_ids = of_proxy(tmp_path / "started", "<think>")
+    started, start = of_proxy(tmp_path / "started", "<think>")
     got = find(limit=40, banned_ids=banned)
-    assert got.tolist() == expected != started and (nothing, start_ids) == ([], [THINK])
-    assert find(limit=41, banned_ids=banned, start_ids=start_ids).tolist() == started
+    assert got.tolist() == expected != started and (nothing, start) == ("", "<think>")
+    assert find(limit=41, banned_ids=banned, start_ids=(THINK,)).tolist() == started
     assert not np.isin(got, banned).any() and np.isin(find(limit=40), banned).any()
     # With a limit of 8 tokens, what a document of those 8 alone gives.
     short = [DOCUMENTS[2][t - 8 : t + 1] for t in range(8, 40)]

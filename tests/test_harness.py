@@ -7,6 +7,7 @@ import pytest
 import toy
 
 from rpt_jax.config import PromptConfig, SampleConfig
+from rpt_jax.corpus.templates import Chat
 from rpt_jax.learning import run_folder
 from rpt_jax.records import InputError
 from rpt_jax.study import harness
@@ -54,6 +55,16 @@ def test_a_start_piece_stands_before_every_text():
     found = loglikelihoods(policy, [("a", " 3"), ("", "b")])
     assert found[0].logprob == pytest.approx(plain(encode("<predict>a 3"), 2)[0], abs=1e-4)
     assert found[1].logprob == pytest.approx(plain(encode("<predict>b"), 1)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "start, whole", [("", "<predict>acb"), ("<predict>", "<predict>acb"), ("<think>", "<think><predict>acb")]
+)
+def test_a_start_that_the_chat_brings_comes_once(monkeypatch, start, whole):
+    monkeypatch.setitem(harness.CHATS, "r1", Chat("<predict>a", "b"))
+    policy = asked(start=start, chat="r1")
+    ids = harness._prompt(policy, "c", wish_of({}, policy.config))
+    assert ids == toy.tokenizer().encode_markup(whole)
 
 
 def test_windows_by_hand():

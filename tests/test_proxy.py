@@ -218,7 +218,7 @@ def test_other_proxies_settings_and_documents_do_not_mix(tmp_path):
         ({"proxy": "late"}, "begun with proxy='base'"),
         ({"banned_ids": (3,)}, "begun with banned_ids="),
         ({"config": dataclasses.replace(CONFIG, window=30)}, "begun with window=14"),
-        ({"config": dataclasses.replace(CONFIG, start="<s>")}, "begun with start=None"),
+        ({"config": dataclasses.replace(CONFIG, start="<s>")}, "begun with start=None, this annotation has '<s>'"),
         ({"documents": DOCUMENTS[:-1]}, "begun with documents=8"),
         ({"documents": edited}, "part 0 was made from other documents"),
         ({"documents": shorter}, "part 0 was made from other documents"),

@@ -115,8 +115,10 @@ def test_start_of_text(tmp_path, caplog, processor, config, found):
     write(tmp_path, "tokenizer_config.json", config)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.start_of_text == found
-    assert tokenizer.start_ids("<s>", "start") == [257] and not caplog.records
-    assert tokenizer.start_ids("", "start") == []
+    assert tokenizer.start_ids("<s>", "start") == [257] and tokenizer.start_ids("", "start") == []
+    tokenizer.warn_without_start("<s>", "start")
+    assert not caplog.records
+    tokenizer.warn_without_start("", "start")
     assert [record.args for record in caplog.records] == [(found, "start", found)] * (found is not None)
     assert 257 not in tokenizer.encode("<s>")
     with pytest.raises(InputError, match="start='<t>' is no piece of the tokenizer: give"):

@@ -101,13 +101,13 @@ def bench_step(config: StepBench) -> dict:
 def run_for_json(command: list[str], what: str, environment: dict[str, str] | None = None) -> dict:
     """The JSON object on the last line that a command prints; raises InputError with the end of its stderr.
 
-    SIGTERM ends the command, too. For the main thread alone, which signals reach.
+    SIGTERM ends the command, too, though not what it has started itself. For the main thread, which signals reach.
     """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
     lines = done.stdout.splitlines()
     try:
         figures = json.loads(lines[-1]) if done.returncode == 0 and lines else None

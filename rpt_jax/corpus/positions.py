@@ -92,12 +92,12 @@ class AnnotatedDocuments:
         return unpack(packed, f"{self.folder}, record {record}", self.header["vocab_size"])
 
     @property
-    def start_ids(self) -> list[int]:
-        """Tokens that the proxy saw before every text."""
-        ids = self.header.get("start", [])
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.header["vocab_size"] for i in ids):
-            raise InputError(f"{self.folder}/header.json: start={ids!r} are no token ids: annotate again")
-        return ids
+    def start(self) -> str:
+        """The piece that the proxy saw before every text, "" for none."""
+        start = self.header.get("start", "")
+        if not isinstance(start, str):
+            raise InputError(f"{self.folder}/header.json: start={start!r} is no piece: annotate again")
+        return start
 
     @functools.cached_property
     def documents(self) -> "DocumentTokens":
@@ -249,6 +249,7 @@ def select_positions(annotated: AnnotatedDocuments, config: PositionConfig, seed
     where no position is left.
     """
     _check_settings(annotated, config)
+    _check_start(annotated, config)
     _require_finished(annotated)
     if config.select == "threshold":
         chosen = candidates(annotated, config, above=config.threshold)
@@ -284,6 +285,7 @@ def difficulty_splits(annotated: AnnotatedDocuments, config: PositionConfig | No
     """
     _require_finished(annotated)
     config = PositionConfig() if config is None else config
+    _check_start(annotated, config)
     limits = DIFFICULTIES if config.target == "next_token" else {"all": -np.inf} | DIFFICULTIES
     pool = candidates(annotated, config, above=min(limits.values()))
     return {name: pool[pool.entropies > entropy] for name, entropy in limits.items()}
@@ -315,6 +317,14 @@ def _check_settings(annotated: AnnotatedDocuments, config: PositionConfig) -> No
             )
     if config.select != "threshold" and not 0 < config.share <= 1:
         raise InputError(f"positions.share={config.share} must be above 0 and at most 1 for {config.select}")
+
+
+def _check_start(annotated: AnnotatedDocuments, config: PositionConfig) -> None:
+    if config.start and config.start != annotated.start:
+        raise InputError(
+            f"{annotated.folder} was annotated with start={annotated.start!r}, the run says positions.start="
+            f"{config.start!r}: annotate again, or leave it out to take the annotation's"
+        )
 
 
 def _require_finished(annotated: AnnotatedDocuments) -> None:

@@ -107,22 +107,20 @@ class Tokenizer:
         return self.pieces.get(piece)
 
     def start_ids(self, piece: str, setting: str) -> list[int]:
-        """[the id of `piece`], or none for "", with a warning where the files of the tokenizer begin texts with one.
-
-        Raises InputError, naming the setting that the piece comes from, for one that is not in the vocabulary.
-        """
-        if not piece:
-            if self.start_of_text:
-                log.warning(
-                    "the tokenizer's files put %r before every text, this does not: a model trained with it expects "
-                    "it, --%s %r",
-                    *(self.start_of_text, setting, self.start_of_text),
-                )
-            return []
-        if piece not in self.pieces:
+        """[the id of `piece`], none for ""; raises InputError, naming the setting, for what is no piece."""
+        if piece and piece not in self.pieces:
             advice = f"give {self.start_of_text!r}" if self.start_of_text else "give a piece of the tokenizer, or none"
             raise InputError(f"{setting}={piece!r} is no piece of the tokenizer: {advice}")
-        return [self.pieces[piece]]
+        return [self.pieces[piece]] if piece else []
+
+    def warn_without_start(self, piece: str, setting: str) -> None:
+        """Warns where texts begin with nothing (piece "") and the files put a start token before every one."""
+        if self.start_of_text and not piece:
+            log.warning(
+                "the tokenizer's files put %r before every text, this does not: a model trained with it expects it, "
+                "--%s %r",
+                *(self.start_of_text, setting, self.start_of_text),
+            )
 
     def save(self, folder: str | Path) -> None:
         """Writes the files it was read from, under the names that `load_tokenizer(folder)` looks for."""

@@ -43,7 +43,7 @@ class Parts:
     spaced: bool  # U+2581 in a piece stands for a space
     added: tuple[tuple[int, str, bool], ...]  # (id, text, special) over the vocabulary, a later one wins
     end_of_text: str | None  # piece
-    start_of_text: str | None  # piece that transformers puts before every text
+    start_of_text: str | None  # piece that the files say stands before every text
     files: dict[str, bytes]  # name -> content, what a loader needs to come back here
 
 

@@ -107,12 +107,12 @@ def annotate(
     """
     # Over 40 lines for its arguments and what they mean; the work is done by what it calls.
     _check(model, tokenizer, config, banned_ids)
+    start_ids = tokenizer.start_ids(config.start, "positions.start")
     total = len(documents)
     architecture = {name: value for name, value in to_dict(model).items() if name not in ("remat", "context")}
     made_by = {"parameters": fingerprint(params), "model": architecture}
     made_by |= {"window": config.window, "banned_ids": sorted(banned_ids)}
-    start_ids = tokenizer.start_ids(config.start, "positions.start")
-    made_by |= {"start": start_ids} if start_ids else {}
+    made_by |= {"start": config.start} if config.start else {}
     size = {"documents": total, "part_documents": part_documents}
     header = make_header(tokenizer, config, proxy) | made_by | size
     in_first_process(lambda: write_header(folder, header))
@@ -203,9 +203,9 @@ def _batches(
             batch = group[start : start + B]
             tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
             for b, row in enumerate(batch):
-                seen = [*start_ids, *kept[row.document].tokens_T[row.start : row.stop]]
-                lengths_B[b] = len(seen)
-                tokens_BT[b, : len(seen)] = seen
+                seen = kept[row.document].tokens_T[row.start : row.stop]
+                lengths_B[b] = len(start_ids) + len(seen)
+                tokens_BT[b, : lengths_B[b]] = np.concatenate([np.array(start_ids, np.int32), seen])
             yield tokens_BT, lengths_B, batch
 
 

@@ -185,11 +185,11 @@ def argmax_tokens(
     tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Most probable token at each position given start_ids and the last tokens before it, `limit` in all; int32 [N]."""
-    room, places = limit - len(start_ids), zip(positions.documents, positions.indices, strict=True)
-    contexts = [[*start_ids, *documents[d][max(0, t - room) : t]] for d, t in places]
+    start_S, places = np.array(start_ids, np.int32), zip(positions.documents, positions.indices, strict=True)
+    contexts = [np.concatenate([start_S, documents[d][max(0, t + len(start_S) - limit) : t]]) for d, t in places]
     tokens_NT, lengths_N = padded_rows(contexts)
-    if not lengths_N.all():
-        document = positions.documents[np.argmin(lengths_N)]
+    if not positions.indices.all():
+        document = positions.documents[np.argmin(positions.indices)]
         raise InputError(
             f"position 0 of document {document} has no token before it to predict from: use positions.minimum_context "
             "of 1 or more"

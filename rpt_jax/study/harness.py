@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -83,7 +82,7 @@ class Asked:
     mesh: Mesh | None = None
     cut: Counter = field(default_factory=Counter)
 
-    @cached_property
+    @property
     def start_ids(self) -> list[int]:
         return self.tokenizer.start_ids(self.config.start, "start")
 
@@ -130,6 +129,7 @@ def open_policy(config: HarnessRun) -> Asked:
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.batch_size, mesh, "contexts (batch_size)")
     model, params, tokenizer = load_policy(config.policy, mesh)
+    tokenizer.warn_without_start(config.start or CHATS[config.chat].opening, "start")
     return Asked(model, params, tokenizer, config, end_ids(tokenizer, config.end_tokens), mesh)
 
 
@@ -238,7 +238,9 @@ def _score(asked: Asked, pairs, what: str) -> list[Scored]:
 def _prompt(asked: Asked, context: str, wish: Wish) -> list[int]:
     """Token ids: start, chat opening, the context's last tokens, chat closing, thought opening."""
     config, chat, tokenizer = asked.config, CHATS[asked.config.chat], asked.tokenizer
-    opening = [*asked.start_ids, *tokenizer.encode_markup(chat.opening)]
+    opening = tokenizer.encode_markup(chat.opening)
+    if opening[:1] != asked.start_ids:  # that of r1 has one of its own
+        opening = [*asked.start_ids, *opening]
     closing = tokenizer.encode_markup(chat.closing + (config.thought if config.think else ""))
     made = wish.max_tokens + (config.think_tokens if config.think else 0)
     room = config.max_length - made - len(opening) - len(closing)

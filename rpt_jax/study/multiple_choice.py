@@ -197,6 +197,7 @@ def by_logprob(
     """The option with the highest score after the question; score as in ChoicesRun, nats (per byte)."""
     pairs, cut_N = [], np.zeros(len(questions), bool)
     start = tokenizer.start_ids(config.start, "start")
+    tokenizer.warn_without_start(config.start, "start")
     for n, question in enumerate(questions):
         encoded = [encode_pair(tokenizer, *pair) for pair in pairs_of(question, config.score)]
         longest = max(len(continuation) for _, continuation in encoded)
