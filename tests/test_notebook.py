@@ -2,11 +2,8 @@
 part; these are of one run from top to bottom, in which reasoning got better."""
 
 import json
-import os
 import re
 from pathlib import Path
-
-import pytest
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "rpt_jax" / "docs" / "first_look.ipynb"
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
@@ -42,8 +39,6 @@ def test_the_first_cells_run(capsys):
     assert re.fullmatch(r"\d+ of \d+ tokens are above 1.5 nats\n", positions)
 
 
-@pytest.mark.notebook
-@pytest.mark.skipif("RPT_NOTEBOOK" not in os.environ, reason="takes a minute: set RPT_NOTEBOOK=1 to run all cells")
 def test_all_cells_run(capsys):
     *_, thoughts, _, updates, after = run(CELLS, capsys)
     rewards = re.findall(r"^  ([01])   .* -> (.*)$", thoughts, re.MULTILINE)
