@@ -309,6 +309,7 @@ def test_settings_that_clash_are_refused():
         ({"config": dataclasses.replace(CONFIG, batch_size=0)}, "evaluate.batch_size=0"),
         ({"splits": {"hard": []}}, "no position to evaluate in hard"),
         ({"splits": {"hard": [Position(1, 0, 2.0)]}}, "position 0 of document 1"),
+        ({"splits": {"hard": [Position(1, 0, 2.0)]}, "start_ids": (THINK,)}, "position 0 of document 1"),
         ({"sample": dataclasses.replace(SAMPLE, top_p=0.0)}, "top_p=0"),
     ):
         with pytest.raises(InputError, match=message):

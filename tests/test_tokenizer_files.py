@@ -116,7 +116,7 @@ def test_start_of_text(tmp_path, caplog, processor, config, found):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.start_of_text == found
     assert tokenizer.start_ids("<s>", "start") == [257] and tokenizer.start_ids("", "start") == []
-    tokenizer.warn_without_start("<s>", "start")
+    tokenizer.warn_without_start("<s>and more", "start")
     assert not caplog.records
     tokenizer.warn_without_start("", "start")
     assert [record.args for record in caplog.records] == [(found, "start", found)] * (found is not None)

@@ -113,9 +113,9 @@ class Tokenizer:
             raise InputError(f"{setting}={piece!r} is no piece of the tokenizer: {advice}")
         return [self.pieces[piece]] if piece else []
 
-    def warn_without_start(self, piece: str, setting: str) -> None:
-        """Warns where texts begin with nothing (piece "") and the files put a start token before every one."""
-        if self.start_of_text and not piece:
+    def warn_without_start(self, beginning: str, setting: str) -> None:
+        """Warns where the files put a start token before every text and `beginning`, what stands there, has none."""
+        if self.start_of_text and not beginning.startswith(self.start_of_text):
             log.warning(
                 "the tokenizer's files put %r before every text, this does not: a model trained with it expects it, "
                 "--%s %r",

@@ -129,7 +129,7 @@ def open_policy(config: HarnessRun) -> Asked:
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch_divides(config.batch_size, mesh, "contexts (batch_size)")
     model, params, tokenizer = load_policy(config.policy, mesh)
-    tokenizer.warn_without_start(config.start or CHATS[config.chat].opening, "start")
+    tokenizer.warn_without_start(config.start + CHATS[config.chat].opening, "start")
     return Asked(model, params, tokenizer, config, end_ids(tokenizer, config.end_tokens), mesh)
 
 
